@@ -1,0 +1,1 @@
+"""The method itself, in torch and diffusers: schedules, UNets, samplers, student files, the SDM gradient."""

@@ -1,0 +1,105 @@
+"""Sampling: the student's few-step chain and the teacher's many guided steps, in model space and on the video schedule."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from .schedules import VIDEO, classifier_free_guidance
+from .unets import Predictor
+
+Generators = torch.Generator | Sequence[torch.Generator]
+Callback = Callable[[int, Tensor], None]  # (steps done, the x0 that this step predicts)
+
+
+def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device | str = "cpu") -> Tensor:
+    """Float32 noise of `shape`, drawn on the CPU so that a seed gives the same clip on every device.
+
+    With a list of generators, sample i of the batch comes from the i-th alone.
+    """
+    if isinstance(generator, torch.Generator):
+        return torch.randn(*shape, generator=generator).to(device)
+    return torch.stack([torch.randn(*shape[1:], generator=g) for g in generator]).to(device)
+
+
+def predict_x0(student: Predictor, x_t: Tensor, t: int, text: Tensor) -> Tensor:
+    """x0 of one student step, (B, C, F, h, w) float32."""
+    timesteps = torch.full((x_t.shape[0],), t, device=x_t.device)
+    return VIDEO.x0_from_eps(x_t, student(x_t, timesteps, text), t)
+
+
+def sample_student(
+    student: Predictor,
+    noise: Tensor,
+    text: Tensor,
+    timesteps: Sequence[int],
+    generator: Generators,
+    callback: Callback | None = None,
+) -> Tensor:
+    """The student's chain (DMD2, arXiv 2405.14867, section 4.4): predict x0, diffuse it to the next timestep with fresh noise.
+
+    noise (B, C, F, h, w) is x_t at timesteps[0]; the last x0 is the clip. No guidance: a step is one evaluation.
+    """
+    x_t = x0 = noise
+    for i, t in enumerate(timesteps):
+        x0 = predict_x0(student, x_t, t, text)
+        if callback is not None:
+            callback(i + 1, x0)
+        if i + 1 < len(timesteps):
+            x_t = VIDEO.diffuse(x0, draw_noise(x0.shape, generator, x0.device), timesteps[i + 1])
+    return x0
+
+
+def backward_simulation(
+    student: Predictor, noise: Tensor, text: Tensor, timesteps: Sequence[int], step: int, generator: Generators
+) -> tuple[Tensor, Tensor]:
+    """(x_t, x0) of step `step` (from 0) of the student's own chain; the steps before it run without gradient (DMD2, section 4.5)."""
+    if step == 0:
+        x_t = noise
+    else:
+        with torch.no_grad():
+            x0 = sample_student(student, noise, text, timesteps[:step], generator)
+            x_t = VIDEO.diffuse(x0, draw_noise(x0.shape, generator, x0.device), timesteps[step])
+    return x_t, predict_x0(student, x_t, timesteps[step], text)
+
+
+@torch.no_grad()
+def sample_teacher(
+    teacher: Predictor,
+    noise: Tensor,
+    text: Tensor,
+    empty_text: Tensor,
+    steps: int,
+    guidance: float,
+    spacing: str = "trailing",
+    callback: Callback | None = None,
+) -> Tensor:
+    """DDIM (Song et al., arXiv 2010.02502) with classifier-free guidance; deterministic given `noise` (B, C, F, h, w).
+
+    empty_text (1, L, D) is the empty prompt's embedding. A step is two evaluations, or one at guidance 1. `spacing` is diffusers'
+    `timestep_spacing`: trailing starts at 999, as the student does.
+    """
+    scheduler = DDIMScheduler(
+        beta_schedule=VIDEO.beta_schedule,
+        beta_start=VIDEO.beta_start,
+        beta_end=VIDEO.beta_end,
+        clip_sample=False,
+        timestep_spacing=spacing,
+        steps_offset=1 if spacing == "leading" else 0,
+    )
+    scheduler.set_timesteps(steps)
+    guided = guidance != 1.0
+    if guided:
+        text = torch.cat([empty_text.expand_as(text), text])
+    x_t = noise
+    for i, t in enumerate(scheduler.timesteps.tolist()):
+        batch = torch.cat([x_t, x_t]) if guided else x_t
+        eps = teacher(batch, torch.full((len(batch),), t, device=x_t.device), text)
+        if guided:
+            eps = classifier_free_guidance(*eps.chunk(2), guidance)
+        step = scheduler.step(eps, t, x_t)
+        x_t = step.prev_sample
+        if callback is not None:
+            callback(i + 1, step.pred_original_sample)
+    return x_t

@@ -1,0 +1,139 @@
+"""A diffusion stack in diffusers' folder layout: tokenizer, text encoder, VAE, image UNet and motion adapter."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, MotionAdapter, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .unets import video_unet
+
+
+class StackError(ValueError):
+    """A stack folder that cannot be used; the message is one sentence that names it."""
+
+
+_VAES = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
+
+
+@dataclass
+class Stack:
+    """The parts of a teacher, loaded from `folder` in float32 on the CPU, in evaluation mode and frozen."""
+
+    folder: Path
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderTiny | AutoencoderKL
+    image_unet: UNet2DConditionModel
+    motion: MotionAdapter | None  # None for image models alone
+
+    @cached_property
+    def teacher(self):
+        """The video UNet: the image UNet with the motion modules in it (weights copied), frozen."""
+        return _frozen(video_unet(self.image_unet, self.motion))
+
+    @torch.no_grad()
+    def encode_text(self, captions: list[str]) -> Tensor:
+        """(B, L, D) embeddings of captions; longer ones are cut at the tokenizer's length."""
+        device = next(self.text_encoder.parameters()).device
+        tokens = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length, return_tensors="pt"
+        )
+        return self.text_encoder(tokens.input_ids.to(device)).last_hidden_state
+
+    def encode_clips(self, frames: Tensor, batch: int = 32) -> Tensor:
+        """As the function `encode_clips`, with this stack's VAE."""
+        return encode_clips(self.vae, frames, batch)
+
+    def decode_clips(self, clips: Tensor, batch: int = 32) -> Tensor:
+        """As the function `decode_clips`, with this stack's VAE."""
+        return decode_clips(self.vae, clips, batch)
+
+
+@torch.no_grad()
+def encode_clips(vae, frames: Tensor, batch: int = 32) -> Tensor:
+    """(B, F, H, W, 3) uint8 -> clips in model space (B, C, F, h, w) float32, `batch` frames at a time."""
+    device = next(vae.parameters()).device
+    parts = []
+    for images in frames.flatten(0, 1).split(batch):
+        encoded = vae.encode(images.permute(0, 3, 1, 2).to(device).float() / 127.5 - 1)
+        parts.append((encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()).float())
+    return torch.cat(parts).mul(vae.config.scaling_factor).unflatten(0, frames.shape[:2]).transpose(1, 2)
+
+
+@torch.no_grad()
+def decode_clips(vae, clips: Tensor, batch: int = 32) -> Tensor:
+    """Clips in model space (B, C, F, h, w) -> (B, F, H, W, 3) uint8 on the CPU, `batch` frames at a time."""
+    device = next(vae.parameters()).device
+    latents = clips.transpose(1, 2).flatten(0, 1) / vae.config.scaling_factor
+    parts = [vae.decode(part.to(device)).sample.float() for part in latents.split(batch)]
+    pixels = torch.cat(parts).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    return pixels.permute(0, 2, 3, 1).unflatten(0, (clips.shape[0], clips.shape[2]))
+
+
+def load_stack(folder: Path, motion: Path | None = None, with_motion: bool = True) -> Stack:
+    """Loads a stack; `motion` names another motion adapter's folder. Raises StackError, naming what is missing or wrong."""
+    folder = Path(folder)
+    _require_folder(folder)
+    return Stack(
+        folder,
+        _load(CLIPTokenizer, folder / "tokenizer"),
+        _frozen(_load(CLIPTextModel, folder / "text_encoder")),
+        load_vae(folder / "vae"),
+        load_image_unet(folder / "unet"),
+        load_motion(motion or folder / "motion_adapter") if with_motion else None,
+    )
+
+
+def load_vae(folder: Path) -> AutoencoderTiny | AutoencoderKL:
+    """The VAE in a diffusers folder, of the class that its config names, float32 and frozen."""
+    name = _class_name(Path(folder))
+    if name not in _VAES:
+        raise StackError(f"Expected {folder} to hold one of {', '.join(_VAES)}, found {name!r}.")
+    return _frozen(_load(_VAES[name], Path(folder)))
+
+
+def load_image_unet(folder: Path) -> UNet2DConditionModel:
+    """The image UNet in a diffusers folder (one that holds `config.json`, or a stack that holds `unet`), float32 and frozen."""
+    folder = Path(folder)
+    return _frozen(_load(UNet2DConditionModel, folder / "unet" if (folder / "unet").is_dir() else folder))
+
+
+def load_motion(folder: Path) -> MotionAdapter:
+    """The motion adapter in a diffusers folder, float32 and frozen."""
+    return _frozen(_load(MotionAdapter, Path(folder)))
+
+
+def _frozen(module):
+    return module.eval().requires_grad_(False)
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise StackError(f"Expected a model folder in the diffusers layout at {folder}, found none; check the path.")
+
+
+def _class_name(folder: Path) -> str:
+    _require_folder(folder)
+    try:
+        return json.loads((folder / "config.json").read_text()).get("_class_name", "")
+    except (OSError, ValueError) as error:
+        raise StackError(f"Expected a readable config.json in {folder}, found: {error}.") from error
+
+
+def _load(cls, folder: Path):
+    """`cls.from_pretrained` on a local folder, never on a hub, with its many errors told as one sentence."""
+    _require_folder(folder)
+    options = {}
+    if cls is not CLIPTokenizer:
+        # transformers and diffusers name the same option differently.
+        options = {"dtype" if cls is CLIPTextModel else "torch_dtype": torch.float32, "use_safetensors": True}
+    try:
+        return cls.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:  # the libraries raise a dozen kinds for one cause: the folder does not hold what it should
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StackError(f"Expected a {cls.__name__} in {folder}, found: {first_line}") from error

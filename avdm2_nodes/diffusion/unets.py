@@ -1,0 +1,123 @@
+"""Video and image UNets of the AnimateDiff family, seen as functions that predict noise.
+
+Everything outside this module calls a predictor `eps(x_t, t, text)`: noisy latents (B, C, F, h, w) of clips or (B, C, h, w) of
+images, timesteps (B,) or (), text embeddings (B, L, D), and the predicted noise of x_t's shape in float32 comes back.
+"""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from torch import Tensor, nn
+
+Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def zero_motion(motion: MotionAdapter) -> MotionAdapter:
+    """Zeroes every `proj_out`, so that the modules add nothing yet: the video UNet starts as the image UNet, frame by frame."""
+    for name, parameter in motion.named_parameters():
+        if "proj_out" in name:
+            nn.init.zeros_(parameter)
+    return motion
+
+
+def video_unet(image_unet: UNet2DConditionModel, motion: MotionAdapter) -> UNetMotionModel:
+    """A video UNet of its own (weights copied) from an image UNet and a motion adapter.
+
+    Raises ValueError where the adapter was made for other widths.
+    """
+    unet_widths, motion_widths = tuple(image_unet.config.block_out_channels), tuple(motion.config.block_out_channels)
+    if unet_widths != motion_widths:
+        raise ValueError(
+            f"Expected a motion module for an image UNet of widths {unet_widths}, found one for {motion_widths}; "
+            "use a motion module that was made for this base model."
+        )
+    return UNetMotionModel.from_unet2d(image_unet, motion)
+
+
+def video_predictor(unet: UNetMotionModel) -> Predictor:
+    """eps(x_t (B, C, F, h, w), t, text (B, L, D)) by a video UNet; every frame reads the same text."""
+
+    def eps(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        # diffusers' docstring says B rows of text, its attention wants B * F.
+        return unet(x_t, t, text.repeat_interleave(x_t.shape[2], 0), return_dict=False)[0].float()
+
+    return eps
+
+
+def image_predictor(unet: UNet2DConditionModel) -> Predictor:
+    """eps(x_t (B, C, h, w), t, text (B, L, D)) by an image UNet."""
+    return lambda x_t, t, text: unet(x_t, t, text, return_dict=False)[0].float()
+
+
+def encoder_features(unet: UNetMotionModel, x_t: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
+    """The encoder's features at its three coarsest spatial scales, finest first: (B, C_i, F, h_i, w_i) each.
+
+    Time embedding, conv_in, down blocks and mid block are called in turn: the decoder never runs. Of every scale the last feature
+    before its downsampling is taken, of the coarsest the mid block's.
+    """
+    frames = x_t.shape[2]
+    text = text.repeat_interleave(frames, 0)
+    t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
+    emb = unet.time_embedding(unet.time_proj(t).to(unet.dtype)).repeat_interleave(frames, 0)
+    hidden = unet.conv_in(x_t.transpose(1, 2).flatten(0, 1).to(unet.dtype))
+    features = []
+    for block in unet.down_blocks:
+        if getattr(block, "has_cross_attention", False):
+            hidden, residuals = block(hidden, emb, encoder_hidden_states=text, num_frames=frames)
+        else:
+            hidden, residuals = block(hidden, emb, num_frames=frames)
+        features.append(residuals[-2] if block.downsamplers else residuals[-1])
+    motion = {"num_frames": frames} if hasattr(unet.mid_block, "motion_modules") else {}
+    features[-1] = unet.mid_block(hidden, emb, encoder_hidden_states=text, **motion)
+    return [f.unflatten(0, (-1, frames)).transpose(1, 2) for f in features[-3:]]
+
+
+def share_spatial_layers(unet: UNetMotionModel, like: UNet2DConditionModel) -> UNet2DConditionModel:
+    """An image UNet whose layers *are* the video UNet's spatial layers: no weight is copied, motion modules are left out.
+
+    `like` gives the configuration only. An adapter injected into one of the two is thereby in both.
+    """
+    with torch.device("meta"):
+        shell = UNet2DConditionModel.from_config(like.config)
+    _adopt(shell, unet)
+    return shell
+
+
+def with_own_motion(unet: UNetMotionModel, motion: MotionAdapter) -> UNetMotionModel:
+    """A video UNet whose spatial layers *are* those of `unet` and whose motion modules are copies of `motion`'s weights."""
+    with torch.device("meta"):
+        shell = UNetMotionModel.from_config(unet.config)
+    for mine, theirs in _matching_blocks(shell, motion):
+        mine.motion_modules = nn.ModuleList(mine.motion_modules).to_empty(device=unet.device)
+        mine.motion_modules.load_state_dict(theirs.motion_modules.state_dict())
+    _adopt(shell, unet)
+    return shell
+
+
+def _matching_blocks(shell: UNetMotionModel, motion: MotionAdapter):
+    yield from zip(shell.down_blocks, motion.down_blocks, strict=True)
+    yield from zip(shell.up_blocks, motion.up_blocks, strict=True)
+    if hasattr(shell.mid_block, "motion_modules"):
+        yield shell.mid_block, motion.mid_block
+
+
+_SPATIAL = ("resnets", "attentions", "downsamplers", "upsamplers")
+
+
+def _adopt(shell: nn.Module, donor: nn.Module) -> None:
+    """Puts the donor's spatial submodules into `shell` in place of its own (which lie on the meta device)."""
+    for name, child in list(shell.named_children()):
+        if name in ("down_blocks", "up_blocks"):
+            for mine, theirs in zip(child, getattr(donor, name), strict=True):
+                _adopt_block(mine, theirs)
+        elif name == "mid_block":
+            _adopt_block(child, donor.mid_block)
+        else:
+            setattr(shell, name, getattr(donor, name))
+
+
+def _adopt_block(mine: nn.Module, theirs: nn.Module) -> None:
+    for name in _SPATIAL:
+        if getattr(mine, name, None) is not None:
+            setattr(mine, name, getattr(theirs, name))

@@ -1,0 +1,175 @@
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise, sample_student, sample_teacher
+from avdm2_nodes.diffusion.unets import video_predictor, video_unet
+
+ABAR = DDPMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod.double()
+SHAPE = (3, 4, 5, 8, 8)
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture(scope="module")
+def text():
+    return torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def unet(stack):
+    return stack.teacher
+
+
+def toy(x_t, t, text):
+    """A predictor that depends on everything it is given."""
+    assert t.shape == (len(x_t),)
+    return torch.tanh(x_t) * 0.5 + (t.float() / 1000).view(-1, 1, 1, 1, 1) + text.mean((1, 2)).view(-1, 1, 1, 1, 1)
+
+
+# ---- the student ----
+
+
+@pytest.mark.parametrize("timesteps", [[999], [999, 499], [999, 749, 499, 249], [800, 3, 0]])
+def test_the_students_chain_is_the_formula(text, timesteps):
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    clip = sample_student(toy, noise, text, timesteps, torch.Generator().manual_seed(2))
+
+    generator, x = torch.Generator().manual_seed(2), noise.double()
+    for i, t in enumerate(timesteps):
+        abar = ABAR[t]
+        x0 = (x - math.sqrt(1 - abar) * toy(x, torch.full((3,), t), text)) / math.sqrt(abar)
+        if i + 1 < len(timesteps):
+            following = ABAR[timesteps[i + 1]]
+            fresh = torch.randn(SHAPE, generator=generator).double()
+            x = math.sqrt(following) * x0 + math.sqrt(1 - following) * fresh
+    torch.testing.assert_close(clip.double(), x0, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_is_the_same_alone_and_in_a_batch(unet, text):
+    def sample(rows, seeds):
+        generators = seeded(*seeds)
+        noise = draw_noise((len(seeds), *SHAPE[1:]), generators)
+        return sample_student(video_predictor(unet), noise, text[rows], [999, 499], generators)
+
+    with torch.no_grad():
+        together = sample([0, 1, 2], [7, 8, 9])
+        apart = torch.cat([sample([i], [7 + i]) for i in range(3)])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+
+
+def test_one_generator_draws_the_whole_batch():
+    noise = draw_noise(SHAPE, torch.Generator().manual_seed(3))
+    assert torch.equal(noise, torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))) and noise.dtype == torch.float32
+
+
+def test_the_callback_sees_each_x0(text):
+    seen = []
+    noise = draw_noise(SHAPE, torch.Generator().manual_seed(1))
+    clip = sample_student(toy, noise, text, [999, 749, 499], seeded(1, 2, 3), lambda done, x0: seen.append((done, x0)))
+    assert [done for done, _ in seen] == [1, 2, 3] and torch.equal(seen[-1][1], clip)
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_backward_simulation_is_the_sampling_up_to_its_step(unet, text, step):
+    timesteps, inputs = [999, 749, 499, 249], []
+
+    def student(x_t, t, text):
+        inputs.append(x_t)
+        return video_predictor(unet)(x_t, t, text)
+
+    noise = draw_noise(SHAPE, seeded(1, 2, 3))
+    x0s = []
+    with torch.no_grad():
+        sample_student(student, noise, text, timesteps, seeded(4, 5, 6), lambda done, x0: x0s.append(x0))
+    x_t, x0 = backward_simulation(student, noise, text, timesteps, step, seeded(4, 5, 6))
+    assert torch.equal(x_t, inputs[step]) and torch.equal(x0.detach(), x0s[step])
+
+
+def test_only_the_last_step_of_backward_simulation_has_a_gradient(text):
+    scale, calls = torch.ones((), requires_grad=True), []
+
+    def student(x_t, t, text):
+        calls.append((t[0].item(), torch.is_grad_enabled(), x_t.requires_grad))
+        return scale * x_t
+
+    noise = draw_noise(SHAPE, seeded(1, 2, 3))
+    x_t, x0 = backward_simulation(student, noise, text, [999, 749, 499, 249], 2, seeded(4, 5, 6))
+    assert calls == [(999, False, False), (749, False, False), (499, True, False)]
+    x0.sum().backward()
+    # x0 = (x_t - sigma s x_t) / alpha, so d x0 / d s = -sigma x_t / alpha.
+    expected = -math.sqrt((1 - ABAR[499]) / ABAR[499]) * x_t.sum()
+    torch.testing.assert_close(scale.grad, expected.float(), rtol=1e-4, atol=1e-2)
+
+
+# ---- the teacher ----
+
+
+def ddim(eps_of, x, timesteps, guidance, text, empty):
+    """DDIM with eta 0 and guidance, written out; the last step goes to abar = 1."""
+    x = x.double()
+    for i, t in enumerate(timesteps):
+        ts = torch.full((len(x),), t)
+        cond, uncond = eps_of(x.float(), ts, text).double(), eps_of(x.float(), ts, empty.expand_as(text)).double()
+        eps = uncond + guidance * (cond - uncond)
+        x0 = (x - (1 - ABAR[t]).sqrt() * eps) / ABAR[t].sqrt()
+        following = ABAR[timesteps[i + 1]] if i + 1 < len(timesteps) else torch.ones((), dtype=torch.float64)
+        x = following.sqrt() * x0 + (1 - following).sqrt() * eps
+    return x
+
+
+@pytest.mark.parametrize(("steps", "guidance"), [(4, 3.0), (5, 1.0), (2, 0.0)])
+def test_the_teachers_steps_are_ddim_with_guidance(unet, text, steps, guidance):
+    noise, empty = draw_noise(SHAPE, seeded(1, 2, 3)), text.flip(0)[:1] * 0.3
+    calls = []
+
+    def teacher(x_t, t, text):
+        calls.append(len(x_t))
+        return video_predictor(unet)(x_t, t, text)
+
+    seen = []
+    clip = sample_teacher(teacher, noise, text, empty, steps, guidance, callback=lambda done, x0: seen.append((done, x0)))
+    assert calls == [3 if guidance == 1 else 6] * steps
+    timesteps = [1000 - 1000 * i // steps - 1 for i in range(steps)]
+    with torch.no_grad():
+        expected = ddim(video_predictor(unet), noise, timesteps, guidance, text, empty)
+    torch.testing.assert_close(clip.double(), expected, rtol=1e-3, atol=1e-3)
+    assert [done for done, _ in seen] == list(range(1, steps + 1))
+    torch.testing.assert_close(seen[-1][1], clip, rtol=1e-4, atol=1e-4)  # the last step ends at its x0
+
+
+@pytest.mark.parametrize(("spacing", "timesteps"), [("leading", [751, 501, 251, 1]), ("linspace", [999, 666, 333, 0])])
+def test_other_spacings_are_diffusers_own(text, spacing, timesteps):
+    seen = []
+
+    def teacher(x_t, t, text):
+        seen.append(t[0].item())
+        return toy(x_t, t, text)
+
+    sample_teacher(teacher, draw_noise(SHAPE, seeded(1, 2, 3)), text, text[:1], 4, 1.0, spacing=spacing)
+    assert seen == timesteps
+
+
+def test_the_teacher_is_the_animatediff_pipeline(stack):
+    from diffusers import AnimateDiffPipeline, DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, timestep_spacing="trailing",
+        steps_offset=0,
+    )  # fmt: skip
+    unet = video_unet(stack.image_unet, stack.motion)
+    pipeline = AnimateDiffPipeline(stack.vae, stack.text_encoder, stack.tokenizer, unet, None, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    prompt = "a small red circle standing still on a plain background"
+    noise = torch.randn(1, 4, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = pipeline(
+        prompt, num_frames=5, height=64, width=64, num_inference_steps=3, guidance_scale=3.0, latents=noise.clone(),
+        output_type="latent",
+    ).frames  # fmt: skip
+    text, empty = stack.encode_text([prompt]), stack.encode_text([""])
+    ours = sample_teacher(video_predictor(stack.teacher), noise, text, empty, 3, 3.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

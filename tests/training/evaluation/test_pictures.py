@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.evaluation import pictures
+
+CAPTIONS = ["a red circle", "a blue square"]
+
+
+def solid(*colours, frames=8):
+    return [np.full((frames, 64, 64, 3), c, np.uint8) for c in colours]
+
+
+ROWS = {"real": solid((200, 0, 0), (0, 0, 200)), "student, 4 steps": solid((0, 180, 0), (180, 180, 0))}
+
+
+def pixels(image, colour):
+    return int((np.asarray(image.convert("RGB")) == colour).all(-1).sum())
+
+
+def test_contact_sheet_shows_every_clip_enlarged(tmp_path):
+    pictures.contact_sheet(ROWS, CAPTIONS, tmp_path / "sheet.png", shown=3)
+    image = Image.open(tmp_path / "sheet.png")
+    for clips in ROWS.values():
+        for clip in clips:
+            assert pixels(image, clip[0, 0, 0]) == 3 * 128 * 128
+    assert image.getpixel((1, 1)) == (255, 255, 255)
+    assert pixels(image, (28, 28, 30)) > 50  # captions
+
+
+def test_contact_sheet_shows_frames_in_order(tmp_path):
+    clip = np.zeros((8, 64, 64, 3), np.uint8) + np.arange(0, 80, 10, dtype=np.uint8)[:, None, None, None]
+    pictures.contact_sheet({"a": [clip]}, ["caption"], tmp_path / "sheet.png", shown=2)
+    image = np.asarray(Image.open(tmp_path / "sheet.png"))
+    row = image[-40]
+    assert np.flatnonzero((row == 0).all(-1)).max() < np.flatnonzero((row == 70).all(-1)).min()
+
+
+@pytest.mark.parametrize("name", ["clip.webp", "clip.gif"])
+def test_animation_has_all_frames_and_the_speed(name, tmp_path):
+    clip = np.stack([np.full((64, 64, 3), 30 * i, np.uint8) for i in range(8)])
+    pictures.animated({"real": [clip], "student": [clip]}, tmp_path / name, captions=["a caption that wraps"], fps=8)
+    image = Image.open(tmp_path / name)
+    assert image.n_frames == 8
+    for i in (0, 5):
+        image.seek(i)
+        image.load()
+        assert image.info["duration"] in (120, 125)  # GIF counts in hundredths of a second
+        assert pixels(image, (30 * i,) * 3) >= 2 * 128 * 128
+
+
+def test_plot_of_a_table_with_gaps(tmp_path):
+    rows = {"teacher": {"accuracy": (0.9, 0.88, 0.92), "KID": (0.4, 0.3, 0.5)}, "student": {"accuracy": (0.95, 0.93, 0.97)}}
+    pictures.plot_table(rows, tmp_path / "bars.png", better={"accuracy": "higher", "KID": "lower"})
+    image = Image.open(tmp_path / "bars.png")
+    assert image.width > image.height
+    assert pixels(image, (61, 111, 180)) > 500 and pixels(image, (169, 184, 204)) > 1000
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="one clip a caption"):
+        pictures.contact_sheet(ROWS, CAPTIONS[:1], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="one length"):
+        pictures.animated({"a": solid((0, 0, 0)), "b": solid((0, 0, 0), frames=4)}, tmp_path / "a.webp")
+    with pytest.raises(ValueError, match="measure first"):
+        pictures.plot_table({"a": {}}, tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,192 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from avdm2_nodes.diffusion.samplers import sample_student
+from avdm2_nodes.diffusion.stack import load_stack
+from avdm2_nodes.diffusion.student_file import StudentInfo, read_student, student_unet, unet_config, weights_hash, write_student
+from avdm2_nodes.diffusion.unets import video_predictor, video_unet
+from training import sample
+from training.config import ROOT
+from training.miniature.models import new_image_unet, new_motion_adapter, new_text_encoder, write_tokenizer
+from training.miniature.vae import new_vae
+from training.video import read_video
+
+torch.set_num_threads(1)
+
+TIMESTEPS = (999, 600)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An untrained stack on disk, with a student of all weights and one of the motion modules."""
+    folder = tmp_path_factory.mktemp("stack")
+    torch.manual_seed(0)
+    tokenizer = write_tokenizer(folder / "tokenizer", ["a red circle", "a blue square"])
+    new_text_encoder(tokenizer).save_pretrained(folder / "text_encoder")
+    new_vae().save_pretrained(folder / "vae")
+    image_unet, motion = new_image_unet(), new_motion_adapter()
+    for name, parameter in motion.named_parameters():
+        if name.endswith("proj_out.weight"):
+            nn.init.normal_(parameter, std=0.05)
+    image_unet.save_pretrained(folder / "unet")
+    motion.save_pretrained(folder / "motion_adapter")
+    unet = video_unet(image_unet, motion)
+    common = {
+        "timesteps": TIMESTEPS,
+        "frames": 3,
+        "height": 32,
+        "width": 48,
+        "unet_config": unet_config(unet),
+        "base_name": "untrained",
+        "base_hash": weights_hash(image_unet),
+        "updates": 0,
+        "training_config": "",
+        "title": "untrained",
+        "date": "2025-01-31",
+        "license": "Apache-2.0",
+    }
+    weights = dict(unet.named_parameters())
+    write_student(folder / "student.safetensors", weights, StudentInfo(holds="all", **common))
+    weights = {name: p for name, p in weights.items() if "motion_modules" in name}
+    write_student(folder / "motion.safetensors", weights, StudentInfo(holds="motion", **common))
+    return folder
+
+
+@pytest.fixture
+def command(model, tmp_path):
+    """Runs the command in this process; arguments overlay those of a short clip."""
+
+    def run(*arguments, student="student.safetensors"):
+        common = ["--model", str(model), "--prompt", "a red circle", "--out", str(tmp_path / "clip.mp4")]
+        return sample.main([*common, *([] if student is None else ["--student", str(model / student)]), *arguments])
+
+    return run
+
+
+def script(folder, *arguments):
+    """The script as a user starts it, in `folder`, with nothing of ours on the path."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    python = [sys.executable, str(ROOT / "training" / "sample.py"), *arguments]
+    return subprocess.run(python, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_from_another_folder(model, tmp_path, command):
+    student = os.path.relpath(model / "student.safetensors", tmp_path)
+    prompts = "--prompt", "a red circle", "--prompt", "a blue square"
+    done = script(tmp_path, "--student", student, "--model", str(model), *prompts, "--seed", "7", "--out", "two.mp4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["two-1.mp4", "two-2.mp4"]
+    assert sorted(os.listdir(tmp_path)) == ["two-1.mp4", "two-2.mp4"]
+    one, two = (read_video(tmp_path / f"two-{i}.mp4", 3) for i in (1, 2))
+    assert one.shape == two.shape == (3, 32, 48, 3)
+    # A clip is its prompt's and its seed's, whatever else was asked for.
+    assert command("--seed", "7", "--out", str(tmp_path / "alone.mp4")) == 0
+    assert (tmp_path / "alone.mp4").read_bytes() == (tmp_path / "two-1.mp4").read_bytes()
+    assert command("--seed", "8") == 0
+    assert (tmp_path / "clip.mp4").read_bytes() != (tmp_path / "two-1.mp4").read_bytes()
+
+
+def test_an_error_is_one_sentence_from_another_folder(model, tmp_path):
+    done = script(tmp_path, "--student", "none.safetensors", "--model", str(model), "--prompt", "a red circle")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["Expected a student file at none.safetensors, found nothing; check the path."]
+    assert not os.listdir(tmp_path)
+
+
+def test_teacher(command, tmp_path):
+    assert command("--teacher", "--steps", "2", "--frames", "5", "--height", "16", "--width", "24", student=None) == 0
+    assert read_video(tmp_path / "clip.mp4", 5).shape == (5, 16, 24, 3)
+
+
+def test_teacher_size_is_the_image_unets(model):
+    stack = load_stack(model, with_motion=False)
+    assert sample.teacher_size(stack) == (64, 64)
+
+
+def test_other_steps_and_sizes_and_a_partial_student(command, tmp_path):
+    assert command("--steps", "3", "--frames", "2", "--height", "40", "--width", "24", student="motion.safetensors") == 0
+    assert read_video(tmp_path / "clip.mp4", 2).shape == (2, 40, 24, 3)
+
+
+def test_clips_are_those_of_the_chain(model):
+    stack = load_stack(model, with_motion=False)
+    unet = student_unet(read_student(model / "motion.safetensors"), stack.image_unet)
+    prompts, seeds = ["a red circle", "a blue square"], [3, 4]
+    steps = []
+    sampler = sample.student_sampler(unet, TIMESTEPS)
+    clips = sample.generate(sampler, stack, prompts, seeds, 3, 16, 24, lambda done, x0: steps.append((done, x0.dtype)))
+    assert clips.shape == (2, 3, 16, 24, 3) and clips.dtype == torch.uint8
+    assert steps == [(1, torch.float32), (2, torch.float32)]
+    for i in range(2):
+        generator = torch.Generator().manual_seed(seeds[i])
+        noise = torch.randn(1, 4, 3, 2, 3, generator=generator)
+        with torch.no_grad(), sample.autocast(torch.device("cpu")):
+            clip = sample_student(video_predictor(unet), noise, stack.encode_text(prompts[i : i + 1]), TIMESTEPS, generator)
+        assert (stack.decode_clips(clip)[0].int() - clips[i].int()).abs().max() <= 3  # a batch sums in another order
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--frames", "33"], "at most 32 --frames"),
+        (["--height", "36"], "multiples of 8"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--out", "nowhere/clip.mp4"], "nowhere"),
+        (["--out", "clip.txt"], "clip.txt"),
+        (["--student", str(ROOT / "training" / "sample.py")], "sample.py"),
+    ],
+)
+def test_errors(command, tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert command(*arguments) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("Expected") and said in message
+    assert not os.listdir(tmp_path)
+
+
+def test_base_of_another_architecture(command, model, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    for part in ("tokenizer", "text_encoder", "vae"):
+        (other / part).symlink_to(model / part)
+    config = dict(new_image_unet().config) | {"attention_head_dim": 8}
+    type(new_image_unet()).from_config(config).save_pretrained(other / "unet")
+    assert command("--model", str(other)) == 1
+    assert "num_attention_heads" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["other"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--steps", "0"],
+        ["--steps", "1001"],
+        ["--seed", "-1"],
+        ["--seed", str(2**64)],
+        ["--guidance", "2"],
+        ["--guidance", "nan", "--teacher"],
+        ["--student", "a.safetensors", "--teacher"],
+    ],
+)
+def test_arguments_that_cannot_be(command, arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command(*arguments, student=None)
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_a_prompt_is_required():
+    with pytest.raises(SystemExit) as caught:
+        sample.parse([])
+    assert caught.value.code == 2
+
+
+def test_numbered():
+    assert sample.numbered(Path("a/b.mp4"), 1) == [Path("a/b.mp4")]
+    assert sample.numbered(Path("a/b.mp4"), 12)[::11] == [Path("a/b-01.mp4"), Path("a/b-12.mp4")]

@@ -1,0 +1,16 @@
+"""Builds the miniature from nothing, in stages that resume: `python training/build_miniature.py [--stages vae image …]`."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import logging
+
+from training.miniature.build import main
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()

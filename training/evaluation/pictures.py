@@ -1,0 +1,141 @@
+"""Pictures of clips and figures: contact sheets, animations side by side, and bars with confidence intervals."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import wrap
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+_ZOOM = 2
+_GAP = 4  # pixels between frames
+_MARGIN = 16
+_INK, _QUIET, _PAPER = (28, 28, 30), (110, 110, 116), (255, 255, 255)
+_TEXT, _LABEL = 15, 13  # pixels
+
+
+def contact_sheet(
+    rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str], path: str | Path, *, shown: int = 4
+) -> None:
+    """Saves a still: a group a caption, in it a row a method, in it `shown` frames from first to last.
+
+    `rows` maps a method's name to its clips, uint8 (F, H, W, 3), one a caption. ValueError if the numbers differ.
+    """
+    _check(rows, captions)
+    label = _label_width(rows)
+    first = next(iter(rows.values()))[0]
+    height, width = first.shape[1] * _ZOOM, first.shape[2] * _ZOOM
+    heading = _TEXT + 10
+    group = heading + len(rows) * (height + _GAP) + _MARGIN
+    page_width = max(2 * _MARGIN + label + shown * (width + _GAP) - _GAP, *(2 * _MARGIN + _width(c, _TEXT) for c in captions))
+    page = Image.new("RGB", (page_width, _MARGIN + len(captions) * group), _PAPER)
+    draw = ImageDraw.Draw(page)
+    for i, caption in enumerate(captions):
+        y = _MARGIN + i * group
+        draw.text((_MARGIN, y), caption, _INK, _font(_TEXT))
+        for j, (name, clips) in enumerate(rows.items()):
+            top = y + heading + j * (height + _GAP)
+            draw.text((_MARGIN, top + height / 2), name, _QUIET, _font(_LABEL), anchor="lm")
+            for k, f in enumerate(np.linspace(0, len(clips[i]) - 1, shown).round().astype(int)):
+                page.paste(_zoomed(clips[i][f]), (_MARGIN + label + k * (width + _GAP), top))
+    page.save(path)
+
+
+def animated(
+    rows: Mapping[str, Sequence[np.ndarray]],
+    path: str | Path,
+    *,
+    captions: Sequence[str] | None = None,
+    fps: int = 8,
+) -> None:
+    """Saves a looping animation (.webp or .gif, by the name): a row a method, its clips (F, H, W, 3) uint8 side by side.
+
+    `captions`, one a column, stand above the columns. ValueError if methods or captions differ in number or clips in length.
+    """
+    columns = len(next(iter(rows.values())))
+    _check(rows, [""] * columns if captions is None else captions)
+    lengths = {len(clip) for clips in rows.values() for clip in clips}
+    if len(lengths) > 1:
+        raise ValueError(f"Expected clips of one length, found {sorted(lengths)} frames; cut them alike.")
+    label = _label_width(rows)
+    first = next(iter(rows.values()))[0]
+    height, width = first.shape[1] * _ZOOM, first.shape[2] * _ZOOM
+    texts = [] if captions is None else [wrap(c, max(width // 8, 8)) for c in captions]
+    top = _MARGIN + max((len(t) for t in texts), default=0) * (_LABEL + 3) + (6 if texts else 0)
+    size = (2 * _MARGIN + label + columns * (width + _GAP) - _GAP, top + len(rows) * (height + _GAP) - _GAP + _MARGIN)
+    still = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(still)
+    for i, lines in enumerate(texts):
+        draw.multiline_text((_MARGIN + label + i * (width + _GAP), _MARGIN), "\n".join(lines), _INK, _font(_LABEL), spacing=3)
+    for j, name in enumerate(rows):
+        draw.text((_MARGIN, top + j * (height + _GAP) + height / 2), name, _QUIET, _font(_LABEL), anchor="lm")
+    pages = []
+    for f in range(lengths.pop()):
+        page = still.copy()
+        for j, clips in enumerate(rows.values()):
+            for i, clip in enumerate(clips):
+                page.paste(_zoomed(clip[f]), (_MARGIN + label + i * (width + _GAP), top + j * (height + _GAP)))
+        pages.append(page)
+    options = {"lossless": True} if Path(path).suffix.lower() == ".webp" else {}
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=round(1000 / fps), loop=0, **options)
+
+
+def plot_table(
+    rows: Mapping[str, Mapping[str, tuple[float, float, float]]], path: str | Path, *, better: Mapping[str, str] | None = None
+) -> None:
+    """Saves bars with confidence intervals: a panel a metric, a bar a method.
+
+    `rows` maps a method's name to {metric: (value, low, high)}; a metric that a method lacks leaves a gap. `better` may say 'higher'
+    or 'lower' for a metric, which its title then says. ValueError if there is nothing to plot.
+    """
+    metrics = list(dict.fromkeys(metric for row in rows.values() for metric in row))
+    if not metrics:
+        raise ValueError("Expected at least one method with one metric, found none; measure first.")
+    names = list(rows)
+    columns = min(len(metrics), 3)
+    lines = -(-len(metrics) // columns)
+    figure = Figure(figsize=(1.6 + 3.4 * columns, lines * (0.9 + 0.28 * len(names))), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    for axis, metric in zip(axes.flat, metrics, strict=False):
+        for y, name in enumerate(names):
+            if metric in rows[name]:
+                value, low, high = rows[name][metric]
+                axis.barh(y, value, 0.68, color="#3d6fb4" if "student" in name.lower() else "#a9b8cc")
+                axis.plot([low, high], [y, y], color="#1c1c1e", linewidth=1.2, marker="|", markersize=5)
+        arrow = {"higher": " (higher is better)", "lower": " (lower is better)"}.get((better or {}).get(metric, ""), "")
+        axis.set_title(metric + arrow, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", color="#e5e5ea", linewidth=0.8)
+        axis.set_axisbelow(True)
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].invert_yaxis()
+    for axis in axes.flat[len(metrics) :]:
+        axis.set_visible(False)
+    figure.savefig(path)
+
+
+def _check(rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str]) -> None:
+    counts = {name: len(clips) for name, clips in rows.items()}
+    if not rows or set(counts.values()) != {len(captions)} or not captions:
+        raise ValueError(f"Expected one clip a caption ({len(captions)}) in every row, found {counts}; give all methods alike.")
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _width(text: str, size: int) -> int:
+    return int(_font(size).getlength(text)) + 1
+
+
+def _label_width(rows: Mapping[str, object]) -> int:
+    return max(_width(name, _LABEL) for name in rows) + 12
+
+
+def _zoomed(frame: np.ndarray) -> Image.Image:
+    image = Image.fromarray(frame)
+    return image.resize((image.width * _ZOOM, image.height * _ZOOM), Image.Resampling.NEAREST)

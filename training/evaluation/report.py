@@ -1,0 +1,57 @@
+"""Tables of figures as JSON and Markdown."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from training.evaluation.measure import BETTER, Figure
+
+_DIGITS = {"KID": 3, "Fréchet distance": 2, "motion error": 2, "jitter": 2, "diversity": 2, "seconds": 3}
+_PERCENT = {"accuracy", "size", "colour", "shape", "motion", "background", "coverage", "dynamic degree"}
+
+
+def write_report(
+    folder: Path, title: str, rows: Mapping[str, Mapping[str, Figure]], costs: Mapping[str, dict], about: dict
+) -> None:
+    """Writes `report.json` and `report.md` into a folder.
+
+    `rows` maps a row's name to its figures (value, low, high), `costs` to plain values such as evaluations and seconds; `about` says
+    what was measured and with what.
+    """
+    table = {
+        name: {key: {"value": v, "low": low, "high": high} for key, (v, low, high) in row.items()} | costs.get(name, {})
+        for name, row in rows.items()
+    }
+    (folder / "report.json").write_text(
+        json.dumps({"title": title, **about, "rows": table}, indent=1, ensure_ascii=False) + "\n"
+    )
+    facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
+    (folder / "report.md").write_text(f"# {title}\n\n{facts}\n\n{markdown_table(rows, costs)}")
+
+
+def markdown_table(rows: Mapping[str, Mapping[str, Figure]], costs: Mapping[str, dict]) -> str:
+    """A Markdown table, a line a row; intervals stand behind the figures."""
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    cost_keys = list(dict.fromkeys(key for cost in costs.values() for key in cost))
+    arrows = {"higher": " ↑", "lower": " ↓"}
+    head = ["", *(key + arrows.get(BETTER.get(key, ""), "") for key in keys), *cost_keys]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for name, row in rows.items():
+        cells = [_cell(key, row.get(key)) for key in keys]
+        cells += [_plain(key, costs.get(name, {}).get(key)) for key in cost_keys]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(key: str, figure: Figure | None) -> str:
+    if figure is None:
+        return "–"
+    value, low, high = figure
+    if key in _PERCENT:
+        return f"{100 * value:.1f}% ({100 * low:.1f}–{100 * high:.1f})"
+    digits = _DIGITS.get(key, 2)
+    return f"{value:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def _plain(key: str, value) -> str:
+    return "–" if value is None else f"{value:.{_DIGITS.get(key, 2)}f}" if isinstance(value, float) else str(value)

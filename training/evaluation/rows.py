@@ -1,0 +1,123 @@
+"""The rows of a table: who makes the clips, at what cost, and what is measured on them.
+
+All rows show the same held-out prompts; whoever samples starts from the same noise.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from avdm2_nodes.diffusion.samplers import draw_noise, sample_student, sample_teacher
+from avdm2_nodes.diffusion.stack import Stack
+from avdm2_nodes.diffusion.unets import Predictor
+from training.checkpoint import write_atomically
+from training.evaluation.feature_net import VideoFeatures
+from training.evaluation.measure import Figure, figures, measure
+from training.miniature import world
+from training.precision import autocast
+from training.randomness import sample_generators
+
+# (noise (B, C, F, h, w), text (B, L, D), one generator a sample) -> clips in model space
+Sampler = Callable[[Tensor, Tensor, list[torch.Generator]], Tensor]
+
+_BATCH = 32  # clips
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row's name, how its clips are sampled, and UNet evaluations a clip."""
+
+    name: str
+    sample: Sampler
+    evaluations: int
+
+
+def student_method(name: str, student: Predictor, timesteps: Sequence[int]) -> Method:
+    return Method(
+        name, lambda noise, text, generators: sample_student(student, noise, text, timesteps, generators), len(timesteps)
+    )
+
+
+def teacher_method(name: str, teacher: Predictor, stack: Stack, steps: int, guidance: float) -> Method:
+    """The teacher by DDIM on trailing steps; guidance 1 is no guidance, and half the evaluations."""
+
+    def sample(noise: Tensor, text: Tensor, generators) -> Tensor:
+        return sample_teacher(teacher, noise, text, stack.encode_text([""]).to(noise), steps, guidance)
+
+    return Method(name, sample, steps * (1 if guidance == 1 else 2))
+
+
+class Bench:
+    """The prompts of a table, the real clips of its reference and floor, and the way a row is measured."""
+
+    def __init__(
+        self, stack: Stack, net: VideoFeatures, clips: int, seed: int = 0, style: str = "plain", precision: str = "auto"
+    ):
+        self.stack, self.net, self.clips, self.seed, self.style, self.precision = stack, net, clips, seed, style, precision
+        self.contents = world.draw_contents(clips, held_out=True, seed=seed)
+        self.prompts = [content.caption for content in self.contents]
+        self.device = next(stack.image_unet.parameters()).device
+
+    def real_clips(self, draw: int) -> np.ndarray:
+        """(N, F, H, W, 3) uint8: rendered clips of the prompts; another `draw` is another place, speed and ground of each."""
+        rngs = (np.random.default_rng([self.seed, draw, i]) for i in range(self.clips))
+        return np.stack([world.render(c, self.style, rng).frames for c, rng in zip(self.contents, rngs, strict=True)])
+
+    def reference(self) -> dict[str, np.ndarray]:
+        return self.measure(self.real_clips(draw=0))
+
+    def floor_clips(self) -> np.ndarray:
+        """Other real clips than the reference's, through the VAE: as near as anything sampled could come."""
+        return torch.cat(list(self._decoded(self._encoded()))).numpy()
+
+    def _encoded(self) -> Iterator[Tensor]:
+        for part in torch.from_numpy(self.real_clips(draw=1)).split(_BATCH):
+            with autocast(self.device, self.precision):
+                yield self.stack.encode_clips(part)
+
+    def _decoded(self, latents: Iterator[Tensor]) -> Iterator[Tensor]:
+        for part in latents:
+            with autocast(self.device, self.precision):
+                yield self.stack.decode_clips(part)
+
+    @torch.no_grad()
+    def sample(self, method: Method, count: int | None = None) -> tuple[np.ndarray, float]:
+        """(clips (N, F, H, W, 3) uint8, seconds a clip without decoding) of the first `count` prompts, by default all."""
+        count = count or self.clips
+        config = self.stack.image_unet.config
+        shape = (config.in_channels, world.FRAMES, world.SIDE // 8, world.SIDE // 8)
+        seconds, latents = 0.0, []
+        for start in tqdm(range(0, count, _BATCH), method.name, leave=False, mininterval=2):
+            samples = range(start, min(start + _BATCH, count))
+            generators = sample_generators(samples, self.seed, "evaluation")
+            noise = draw_noise((len(samples), *shape), generators, self.device)
+            with autocast(self.device, self.precision):
+                text = self.stack.encode_text([self.prompts[i] for i in samples])
+                began = time.perf_counter()
+                latents.append(method.sample(noise, text.float(), generators).cpu())
+            seconds += time.perf_counter() - began
+        return torch.cat(list(self._decoded(iter(latents)))).numpy(), seconds / count
+
+    def measure(self, clips: np.ndarray) -> dict[str, np.ndarray]:
+        return measure(clips, self.contents[: len(clips)], self.net)
+
+    def figures(self, row: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, Figure]:
+        return figures(row, reference, self.prompts, self.seed)
+
+
+def kept(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What `make` measures, from the file at `path` if it was measured before: a table goes on at the row where it stopped."""
+    if path.exists():
+        return load_file(path)
+    row = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(array) for name, array in row.items()}
+    write_atomically(path, lambda temporary: save_file(arrays, temporary))
+    return row

@@ -1,0 +1,297 @@
+"""The training loop of a distillation: student, fake score and discriminator heads, each on its own turn."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise
+from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
+from avdm2_nodes.diffusion.sdm import score_pair, sdm_gradient
+from training.checkpoint import Checkpoints
+from training.config import DistillConfig
+from training.data import indices
+from training.discriminator import DiscriminatorHeads
+from training.ema import EMA
+from training.latents import LatentClips
+from training.losses import (
+    adm_discriminator_loss,
+    adm_student_loss,
+    approximate_r1,
+    denoising_loss,
+    scale_gradient,
+    sdm_loss,
+)
+from training.precision import autocast
+from training.randomness import draw_frames, draw_timesteps, keyed_generator, sample_generators
+from training.roles import Roles
+from training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+MAX_BAD_STEPS = 5
+
+
+class DivergedError(RuntimeError):
+    """Losses or gradients stayed NaN or infinite; the message says whose and what still stands."""
+
+
+class Learner:
+    """Weights with their optimiser: gradients clipped by norm, steps that are not finite skipped and counted."""
+
+    def __init__(
+        self, name: str, weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, clip: float, warmup: int = 0
+    ):
+        self.name, self.weights, self.optimiser, self.clip, self.warmup = name, weights, optimiser, clip, warmup
+        self.lr = optimiser.param_groups[0]["lr"]
+        self.steps = self.skipped = self.skipped_in_a_row = 0
+
+    def step(self, loss: float) -> float:
+        """One update from the gradients that were accumulated; returns their norm. DivergedError after `MAX_BAD_STEPS` bad ones."""
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.clip).item()
+        if math.isfinite(norm) and math.isfinite(loss):
+            self.optimiser.param_groups[0]["lr"] = self.lr * min(1.0, (self.steps + 1) / max(1, self.warmup))
+            self.optimiser.step()
+            self.steps += 1
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.skipped_in_a_row >= MAX_BAD_STEPS:
+            raise DivergedError(
+                f"Expected finite losses and gradients, found NaN or Inf in {MAX_BAD_STEPS} updates of the {self.name} in a row; "
+                "the last checkpoint stands: lower the learning rates or the guidance and start again from it."
+            )
+        return norm
+
+    def state_dict(self) -> dict:
+        counts = {"steps": self.steps, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return counts | {"weights": self.weights, "optimiser": self.optimiser.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        self.steps, self.skipped, self.skipped_in_a_row = state["steps"], state["skipped"], state["skipped_in_a_row"]
+        for name, weight in self.weights.items():
+            weight.copy_(state["weights"][name])
+        self.optimiser.load_state_dict(state["optimiser"])
+
+
+@dataclass
+class Made:
+    """Clips that the student made for one part of a batch: they serve its own update and, detached, the critics'."""
+
+    samples: range  # global sample numbers, which key all randomness
+    text: Tensor  # (B, L, D)
+    real: Tensor  # (B, C, F, h, w), clips of the data with the same captions
+    fake: Tensor  # (B, C, F, h, w), the student's x0, detached
+
+
+class Distillation:
+    """One run's state and its three kinds of update."""
+
+    def __init__(
+        self, config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, empty_text: Tensor, device: torch.device
+    ):
+        self.config, self.roles, self.heads, self.empty_text, self.device = config, roles, heads, empty_text, device
+        student, sdm, adm = config.student, config.sdm, config.adm
+        adamw = torch.optim.AdamW(
+            roles.student_weights.values(), lr=student.lr, betas=student.betas, weight_decay=student.weight_decay
+        )
+        self.student = Learner("student", roles.student_weights, adamw, student.clip, student.warmup)
+        adamw = torch.optim.AdamW(roles.fake_weights.values(), lr=sdm.lr, betas=sdm.betas, weight_decay=0.0)
+        self.fake = Learner("fake score", roles.fake_weights, adamw, student.clip)
+        adam = torch.optim.Adam(heads.parameters(), lr=adm.lr, betas=adm.betas)
+        self.critic = Learner("discriminator", dict(heads.named_parameters()), adam, student.clip)
+        self.ema = EMA(roles.student_weights, student.ema)
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name).state_dict() for name in ("student", "fake", "critic", "ema")}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
+
+    def autocast(self):
+        return autocast(self.device, self.config.run.precision)
+
+    def noise_like(self, x: Tensor, generators) -> Tensor:
+        return draw_noise(x.shape, generators, self.device)
+
+    def make_clips(self, clips: Tensor, text: Tensor, samples: range, step: int) -> Tensor:
+        """The student's x0 (B, C, F, h, w) at a step of its own chain, the same for the whole batch."""
+        config = self.config
+        timesteps = config.student.steps
+        k = torch.randint(len(timesteps), (), generator=keyed_generator(config.run.seed, step, "chain")).item()
+        generators = sample_generators(samples, config.run.seed, "student")
+        with self.autocast():
+            noise = self.noise_like(clips, generators)
+            _, x0 = backward_simulation(self.roles.student, noise, text, timesteps, k, generators)
+        # x0 = (x_t - sigma eps) / alpha magnifies an error of eps up to 25 times, and its gradient with it.
+        alpha, sigma = VIDEO.alpha_sigma(timesteps[k], x0)
+        return scale_gradient(x0, min(1.0, (alpha / sigma).item()))
+
+    def pick_frames(self, clips: Tensor, generators) -> Tensor:
+        """(B * K, C, h, w): K random frames of each clip."""
+        chosen = draw_frames(generators, clips.shape[2], self.config.sdm.frames).to(self.device)
+        return clips.transpose(1, 2)[torch.arange(len(clips), device=self.device)[:, None], chosen].flatten(0, 1)
+
+    def sdm(self, made: Made, clips: Tensor) -> Tensor:
+        """The student's SDM loss on its clips."""
+        config = self.config.sdm
+        generators = sample_generators(made.samples, self.config.run.seed, "sdm")
+        frames = self.pick_frames(clips, generators)
+        t = torch.stack([draw_timesteps(generators, config.t_min, config.t_max) for _ in range(config.frames)], 1)
+        t = t.flatten().to(self.device)
+        noise = draw_noise((len(made.samples), config.frames, *frames.shape[1:]), generators, self.device).flatten(0, 1)
+        text = made.text.repeat_interleave(config.frames, 0)
+        with self.autocast():
+            fake_x0, real_x0 = score_pair(
+                frames.detach(), noise, t, text, self.empty_text, self.roles.real_score, self.roles.fake_score, config.guidance
+            )
+        return sdm_loss(frames, sdm_gradient(frames.detach(), fake_x0, real_x0))
+
+    def adm(self, made: Made, clips: Tensor) -> Tensor:
+        """The student's ADM loss on its clips; the gradient flows through the frozen encoder."""
+        generators = sample_generators(made.samples, self.config.run.seed, "adm")
+        return adm_student_loss(self.logits(clips, made.text, generators))
+
+    def logits(self, clips: Tensor, text: Tensor, generators, perturb: float = 0.0) -> Tensor:
+        """The discriminator's logits on clips diffused to a random t; `perturb` > 0 gives (logits, those of perturbed x_t)."""
+        config = self.config.adm
+        t = draw_timesteps(generators, config.t_min, config.t_max).to(self.device)
+        x_t = VIDEO.diffuse(clips, self.noise_like(clips, generators), t)
+        with self.autocast():
+            logits = self.heads(self.roles.encoder(x_t, t, text))
+            if perturb == 0:
+                return logits
+            near = x_t + perturb * self.noise_like(clips, generators)
+            return logits, self.heads(self.roles.encoder(near, t, text))
+
+    def fake_loss(self, made: Made, turn: int) -> Tensor:
+        """The fake score's denoising loss on frames of the student's clips."""
+        config = self.config.sdm
+        generators = sample_generators(made.samples, self.config.run.seed, "fake", turn)
+        frames = self.pick_frames(made.fake, generators)
+        t = torch.stack([draw_timesteps(generators, 0, 999) for _ in range(config.frames)], 1).flatten().to(self.device)
+        noise = draw_noise((len(made.samples), config.frames, *frames.shape[1:]), generators, self.device).flatten(0, 1)
+        with self.autocast():
+            eps = self.roles.fake_score(IMAGE.diffuse(frames, noise, t), t, made.text.repeat_interleave(config.frames, 0))
+        return denoising_loss(eps, noise)
+
+    def critic_loss(self, made: Made, turn: int) -> Tensor:
+        """The discriminator's loss; real and student clips have the same captions, and noise and t of their own."""
+        config = self.config.adm
+        seed = self.config.run.seed
+        fake = sample_generators(made.samples, seed, "critic fake", turn)
+        real = sample_generators(made.samples, seed, "critic real", turn)
+        fake_logits = self.logits(made.fake, made.text, fake)
+        if config.r1_weight == 0:
+            return adm_discriminator_loss(fake_logits, self.logits(made.real, made.text, real))
+        real_logits, near_logits = self.logits(made.real, made.text, real, config.r1_sigma)
+        penalty = approximate_r1(real_logits, near_logits, config.r1_sigma)
+        return adm_discriminator_loss(fake_logits, real_logits) + config.r1_weight * penalty
+
+    def update(self, step: int, data: LatentClips) -> dict[str, float]:
+        """One step: the student's update with the critics as they stand, then theirs on the clips that it made.
+
+        The clips are made once and serve both. Before `critic_warmup` steps the student is left as it is. Returns the losses and
+        gradient norms.
+        """
+        config = self.config
+        batch, part = config.run.batch, config.run.batch // config.run.accumulate
+        trains_student = step >= config.critic_warmup
+        uses_adm = config.adm.weight > 0 and step - config.critic_warmup >= config.adm.start_update
+        figures: dict[str, float] = {}
+        made_parts = []
+        order = indices(step * batch, batch, len(data), config.run.seed)
+        for start in range(0, batch, part):
+            real, text = data.batch(order[start : start + part])
+            samples = range(step * batch + start, step * batch + start + part)
+            with torch.set_grad_enabled(trains_student):
+                clips = self.make_clips(real, text, samples, step)
+            made = Made(samples, text, real, clips.detach())
+            made_parts.append(made)
+            if trains_student:
+                terms = {}
+                if config.sdm.weight > 0:
+                    terms["sdm"] = config.sdm.weight * self.sdm(made, clips)
+                if uses_adm:
+                    terms["adm"] = config.adm.weight * self.adm(made, clips)
+                (sum(terms.values()) / config.run.accumulate).backward()
+                _add(figures, terms, config.run.accumulate)
+        if trains_student:
+            figures["student_norm"] = self.student.step(figures.get("sdm", 0.0) + figures.get("adm", 0.0))
+            self.critic.optimiser.zero_grad(set_to_none=True)  # the student's loss left gradients in the heads
+            self.ema.update()
+        if config.sdm.weight > 0:
+            for turn in range(config.sdm.updates_per_student):
+                figures |= self._critic_update(self.fake, "fake", self.fake_loss, made_parts, turn)
+        if config.adm.weight > 0:
+            for turn in range(config.adm.updates_per_student):
+                figures |= self._critic_update(self.critic, "critic", self.critic_loss, made_parts, turn)
+        return figures
+
+    def _critic_update(self, learner: Learner, name: str, loss_of: Callable, parts: list[Made], turn: int) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        for made in parts:
+            loss = loss_of(made, turn)
+            (loss / len(parts)).backward()
+            _add(figures, {name: loss}, len(parts))
+        return figures | {f"{name}_norm": learner.step(figures[name])}
+
+
+def _add(figures: dict[str, float], terms: dict[str, Tensor], parts: int) -> None:
+    for name, term in terms.items():
+        figures[name] = figures.get(name, 0.0) + term.item() / parts
+
+
+def train(
+    distillation: Distillation,
+    data: LatentClips,
+    run: RunFolder,
+    log: Callable[[int, dict], None],
+    show: Callable[[int], None],
+) -> int:
+    """Trains until the configured number of student updates; returns the steps done, critic warm-up included.
+
+    Goes on from the newest checkpoint in the run folder. `log` takes each step's figures, `show` is called every `sample_every`
+    steps with the averaged weights in the student. After it returns the averaged weights are in the student.
+    """
+    config = distillation.config
+    checkpoints = Checkpoints(run.path / "checkpoints", config.run.keep)
+    start, seconds = 0, 0.0
+    if found := checkpoints.latest():
+        start, state = found
+        seconds = state.pop("seconds")
+        distillation.load_state_dict(state)
+    run.start(config, start)
+    total = config.critic_warmup + config.run.updates
+    began = time.monotonic() - seconds
+    with tqdm(total=total, initial=start, desc="distilling", unit="update") as bar:
+        for step in range(start, total):
+            figures = distillation.update(step, data)
+            done = step + 1
+            skipped = {
+                f"{x.name} skipped": x.skipped
+                for x in (distillation.student, distillation.fake, distillation.critic)
+                if x.skipped
+            }
+            figures |= skipped | {"seconds": round(time.monotonic() - began, 3)}
+            run.write_stats(done, figures)
+            log(done, figures)
+            bar.update()
+            bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("sdm", "adm", "fake", "critic") if k in figures} | skipped)
+            if done % config.run.save_every == 0 or done == total:
+                checkpoints.save(done, distillation.state_dict() | {"seconds": time.monotonic() - began})
+            if done % config.run.sample_every == 0 and done < total:
+                distillation.ema.swap()
+                show(done)
+                distillation.ema.swap()
+    distillation.ema.swap()
+    return total

@@ -1,0 +1,47 @@
+"""The losses of distillation: pure functions from tensors to scalars."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sdm_loss(frames: Tensor, gradient: Tensor) -> Tensor:
+    """1/2 mean((y - stopgrad(y - g))^2) over frames (B, C, h, w) (DMD, equation 7): its derivative by y is g / numel."""
+    frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
+    return 0.5 * F.mse_loss(frames, (frames - gradient).detach())
+
+
+def denoising_loss(eps: Tensor, noise: Tensor) -> Tensor:
+    """Epsilon-MSE (Ho et al., arXiv 2006.11239, L_simple); both of one shape."""
+    return F.mse_loss(eps.float(), noise.float())
+
+
+def adm_student_loss(fake_logits: Tensor) -> Tensor:
+    """Non-saturating loss of the student (Goodfellow et al., 2014): softplus(-D(x_t^fake)), logits of any shape."""
+    return F.softplus(-fake_logits.float()).mean()
+
+
+def adm_discriminator_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
+    """softplus(D(x_t^fake)) + softplus(-D(x_t^real)); 2 ln 2 = 1.386 where it cannot tell them apart."""
+    return F.softplus(fake_logits.float()).mean() + F.softplus(-real_logits.float()).mean()
+
+
+def approximate_r1(logits: Tensor, perturbed_logits: Tensor, sigma: float) -> Tensor:
+    """Finite-difference R1 (APT, arXiv 2501.08316, section 3.4): mean((D(x_t) - D(x_t + sigma n))^2) / sigma^2."""
+    return (logits.float() - perturbed_logits.float()).square().mean() / sigma**2
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x itself; the gradient that comes back through it is multiplied by `factor`."""
+    return _ScaledGradient.apply(x, factor)

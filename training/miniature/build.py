@@ -1,0 +1,280 @@
+"""Builds the miniature from nothing: clips, autoencoder, image models in two styles, motion modules and the feature net.
+
+Every stage is deterministic from the seed, goes on where it stopped, and is skipped when its result stands. Work in progress
+(clips, checkpoints, logs) lies in `runs/build-miniature`; results go to the stack's folder in the diffusers layout.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
+from avdm2_nodes.diffusion.stack import encode_clips, load_stack, load_vae
+from avdm2_nodes.diffusion.unets import image_predictor, video_predictor, video_unet
+from training.checkpoint import write_atomically
+from training.data import ClipFolder, needs_clips, write_clips
+from training.evaluation import feature_net
+from training.miniature import world
+from training.miniature.models import new_image_unet, new_motion_adapter, new_text_encoder, write_tokenizer
+from training.miniature.stage import KernelMuon, adamw, run_stage
+from training.miniature.vae import crop_where_colourful, new_vae, vae_losses
+from training.precision import autocast
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+CLIPS = {"plain": 4096, "neon": 3072}
+CAPTION_DROP = 0.1  # share of captions replaced by the empty one, which guidance needs (Ho & Salimans, arXiv 2207.12598)
+
+
+def render_clips(folder: Path, style: str, count: int, seed: int) -> None:
+    """Renders `count` training clips of a style into a folder of videos with captions, unless they stand there."""
+    if needs_clips(folder):
+        clips = world.render_split(count, style=style, held_out=False, seed=seed)
+        write_clips(folder, ((clip.frames, clip.content.caption) for clip in clips), world.FPS)
+
+
+def read_all(folder: Path) -> tuple[Tensor, list[str]]:
+    """All clips of a folder (N, F, H, W, 3) uint8 and their captions."""
+    clips = ClipFolder(folder, world.FRAMES, world.SIDE, world.SIDE)
+    return torch.stack([clips.read(i) for i in range(len(clips))]), clips.captions
+
+
+def to_images(frames: Tensor) -> Tensor:
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float in -1..1."""
+    return (frames.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def build_vae(work: Path, stack: Path, steps: int, seed: int) -> dict:
+    frames = torch.cat([read_all(work / "clips" / style)[0].flatten(0, 1) for style in world.STYLES])
+    torch.manual_seed(seed)
+    vae = new_vae()
+    crops_until = int(steps * 0.85)  # crops are the cheaper teacher, whole frames the faithful one
+
+    def losses(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        whole = step >= crops_until
+        chosen = torch.randint(len(frames), (4 if whole else 16,), generator=generator)
+        images = to_images(frames[chosen])
+        if not whole:
+            images = crop_where_colourful(images, generator).contiguous(memory_format=torch.channels_last)
+        with autocast(CPU):
+            return vae_losses(vae, images, generator)
+
+    kernels = [p for p in vae.parameters() if p.ndim == 4]
+    others = [p for p in vae.parameters() if p.ndim != 4]
+    optimisers = [KernelMuon(kernels, lr=2e-3), adamw(others, lr=1e-3, weight_decay=0.0)]
+    figures = run_stage("vae", work, vae, losses, optimisers=optimisers, steps=steps, seed=seed, ema_decay=0.995)
+    probe = to_images(frames[:: len(frames) // 512])
+    with torch.no_grad(), autocast(CPU):
+        latents = torch.cat([vae.encode(part).latents for part in probe.split(64)]).float()
+        decoded = torch.cat([vae.decode(part).sample for part in latents.split(64)]).float().clamp(-1, 1)
+    scale = 1 / latents.std().item()
+    vae.register_to_config(scaling_factor=round(scale, 4), latent_magnitude=3)
+    vae.half().save_pretrained(stack / "vae")
+    psnr = -10 * torch.log10((decoded - probe).square().mean((1, 2, 3)) / 4)
+    return figures | {
+        "psnr_db": round(psnr.mean().item(), 2),
+        "scaling_factor": round(scale, 4),
+        "beyond_3": (latents.abs() > 3).float().mean().item(),
+    }
+
+
+def muon_and_adamw(unet: nn.Module, *others: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for a UNet's kernels and matrices, AdamW for all else that is trained."""
+    muon = [p for p in unet.parameters() if p.requires_grad and p.ndim > 1]
+    rest = [p for module in (unet, *others) for p in module.parameters() if p.requires_grad]
+    return [KernelMuon(muon, lr=lr), adamw([p for p in rest if all(p is not m for m in muon)], lr=lr)]
+
+
+def encoded_clips(work: Path, stack: Path, style: str) -> tuple[Tensor, list[str]]:
+    """All clips of a style in model space (N, C, F, h, w), encoded once and kept in `work`, and their captions."""
+    cache = work / "latents" / f"{style}.safetensors"
+    if not cache.exists():
+        frames, captions = read_all(work / "clips" / style)
+        vae = load_vae(stack / "vae")
+        with autocast(CPU):
+            latents = torch.cat([encode_clips(vae, part) for part in frames.split(64)])
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache, lambda path: save_file({"latents": latents}, path, {"captions": json.dumps(captions)}))
+    return load_file(cache)["latents"], ClipFolder(work / "clips" / style, world.FRAMES, world.SIDE, world.SIDE).captions
+
+
+def dropped(captions: list[str], generator: torch.Generator) -> list[str]:
+    keep = torch.rand(len(captions), generator=generator) >= CAPTION_DROP
+    return [caption if kept else "" for caption, kept in zip(captions, keep.tolist(), strict=True)]
+
+
+def image_losses(latents: Tensor, captions: list[str], encode_text, unet, batch: int = 64):
+    """The loss function of an image stage: epsilon-MSE on single frames, image schedule, t uniform."""
+    predict = image_predictor(unet)
+
+    def losses(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        clips = torch.randint(len(latents), (batch,), generator=generator)
+        frames = torch.randint(latents.shape[2], (batch,), generator=generator)
+        x0 = latents[clips, :, frames].contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(0, 1000, (batch,), generator=generator)
+        with autocast(CPU):
+            text = encode_text(dropped([captions[i] for i in clips.tolist()], generator))
+            eps = predict(IMAGE.diffuse(x0, noise, t), t, text)
+        return {"loss": (eps - noise).square().mean()}
+
+    return losses
+
+
+def build_image(work: Path, stack: Path, steps: int, seed: int) -> dict:
+    """Text encoder and image UNet, trained together on plain frames."""
+    latents, captions = encoded_clips(work, stack, "plain")
+    tokenizer = write_tokenizer(stack / "tokenizer", [content.caption for content in world.all_contents()])
+    torch.manual_seed(seed)
+    both = nn.ModuleDict({"text": new_text_encoder(tokenizer), "unet": new_image_unet()})
+
+    def encode_text(texts: list[str]) -> Tensor:
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        return both["text"](tokens.input_ids).last_hidden_state
+
+    losses = image_losses(latents, captions, encode_text, both["unet"])
+    optimisers = muon_and_adamw(both["unet"], both["text"], lr=1.5e-3)
+    figures = run_stage("image", work, both, losses, optimisers=optimisers, steps=steps, seed=seed, ema_decay=0.998)
+    both["text"].half().save_pretrained(stack / "text_encoder")
+    both["unet"].half().save_pretrained(stack / "unet")
+    return figures
+
+
+def build_style(work: Path, stack: Path, steps: int, seed: int) -> dict:
+    """A second image UNet, fine-tuned from the plain one to the neon style; it reads the same text encoder."""
+    latents, captions = encoded_clips(work, stack, "neon")
+    parts = load_stack(stack, with_motion=False)
+    unet = parts.image_unet.requires_grad_(True)
+    losses = image_losses(latents, captions, parts.encode_text, unet)
+    optimisers = muon_and_adamw(unet, lr=7e-4)
+    figures = run_stage("style", work, unet, losses, optimisers=optimisers, steps=steps, seed=seed, ema_decay=0.998)
+    unet.half().save_pretrained(stack / "styles" / "neon")
+    return figures
+
+
+def build_motion(work: Path, stack: Path, steps: int, seed: int, batch: int = 16) -> dict:
+    """Motion modules in the frozen image UNet, on the video schedule, as AnimateDiff (arXiv 2307.04725) is trained."""
+    latents, captions = encoded_clips(work, stack, "plain")
+    parts = load_stack(stack, with_motion=False)
+    torch.manual_seed(seed)
+    unet = video_unet(parts.image_unet, new_motion_adapter()).requires_grad_(False)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_("motion_modules" in name)
+    predict = video_predictor(unet)
+
+    def losses(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        clips = torch.randint(len(latents), (batch,), generator=generator)
+        x0 = latents[clips]
+        noise = torch.randn(x0.shape, generator=generator)
+        # Motion is decided at high noise: 60% of the timesteps are drawn there, and weigh more.
+        high = torch.rand(batch, generator=generator) < 0.6
+        t = torch.where(
+            high,
+            torch.randint(450, 1000, (batch,), generator=generator),
+            torch.randint(0, 450, (batch,), generator=generator),
+        )
+        with autocast(CPU):
+            text = parts.encode_text(dropped([captions[i] for i in clips.tolist()], generator))
+            eps = predict(VIDEO.diffuse(x0, noise, t), t, text)
+        alpha, sigma = VIDEO.alpha_sigma(t, x0)
+        error = (eps - noise).square()
+        return {"loss": (error * (sigma / alpha).clamp(0.5, 6)).mean(), "mse": error.mean()}
+
+    optimisers = [adamw([p for p in unet.parameters() if p.requires_grad], lr=1e-3)]
+    figures = run_stage("motion", work, unet, losses, optimisers=optimisers, steps=steps, seed=seed, ema_decay=0.995)
+    unet.half().save_motion_modules(stack / "motion_adapter")
+    return figures
+
+
+def build_features(work: Path, stack: Path, steps: int, seed: int, batch: int = 16) -> dict:
+    """The feature net of the evaluation, on rendered clips of both styles and of all combinations; it never sees the VAE."""
+    styles = [style for style in world.STYLES for _ in range(2048)]
+    clips = [
+        clip
+        for style in world.STYLES
+        for held_out, count in ((False, 1741), (True, 307))
+        for clip in world.render_split(count, style=style, held_out=held_out, seed=seed + 1)
+    ]
+    frames = torch.from_numpy(np.stack([clip.frames for clip in clips]))
+    targets = feature_net.targets_of(
+        [clip.content for clip in clips],
+        styles,
+        np.stack([clip.velocity for clip in clips]),
+        np.stack([clip.centres for clip in clips]),
+    )
+    torch.manual_seed(seed)
+    net = feature_net.VideoFeatures().train()
+
+    def losses(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        chosen = torch.randint(len(frames), (batch,), generator=generator)
+        with autocast(CPU):
+            terms = feature_net.training_step(
+                net, frames[chosen], {name: target[chosen] for name, target in targets.items()}, generator
+            )
+        return {"total": terms.pop("total"), **terms}
+
+    figures = run_stage(
+        "features", work, net, losses, optimisers=[adamw(net.parameters(), lr=2e-3)], steps=steps, seed=seed, ema_decay=0.99
+    )
+    net.eval()
+    feature_net.save_features(net, stack / "feature_net.safetensors")
+    probe = [
+        world.render(c, "plain", np.random.default_rng([seed, 9, i]))
+        for i, c in enumerate(world.draw_contents(256, held_out=True, seed=9))
+    ]
+    truth = feature_net.targets_of(
+        [c.content for c in probe],
+        ["plain"] * len(probe),
+        np.stack([c.velocity for c in probe]),
+        np.stack([c.centres for c in probe]),
+    )
+    scores = feature_net.score(net, torch.from_numpy(np.stack([c.frames for c in probe])), truth)
+    return figures | {name: round(value, 4) for name, value in scores.items()}
+
+
+# Stage -> (its function, its result in the stack, steps). In this order: each needs the results of those before it.
+STAGES = {
+    "vae": (build_vae, "vae/config.json", 4500),
+    "image": (build_image, "unet/config.json", 6000),
+    "motion": (build_motion, "motion_adapter/config.json", 2000),
+    "style": (build_style, "styles/neon/config.json", 2000),
+    "features": (build_features, "feature_net.safetensors", 1800),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Builds the miniature stack; stages that are done are passed over.")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="only these")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "build-miniature", help="clips, checkpoints and logs")
+    parser.add_argument("--stack", type=Path, default=ROOT / "miniature", help="where the stack is written")
+    parser.add_argument("--steps", type=int, help="training steps in place of the stage's own number")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    for style, count in CLIPS.items():
+        render_clips(args.work / "clips" / style, style, count, args.seed)
+    for name in args.stages:
+        build, result, steps = STAGES[name]
+        if (args.stack / result).exists():
+            logger.info("Stage %s is done: %s stands.", name, args.stack / result)
+            continue
+        figures = build(args.work, args.stack, args.steps or steps, args.seed)
+        logger.info("Stage %s: %s", name, figures)
+        record(args.stack / "build.json", name, figures | {"seed": args.seed, "threads": torch.get_num_threads()})
+
+
+def record(path: Path, stage: str, figures: dict) -> None:
+    """Adds a stage's figures to the stack's record of its own making."""
+    log = json.loads(path.read_text()) if path.exists() else {}
+    log[stage] = figures | {"torch": torch.__version__}
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(log, indent=1) + "\n"))

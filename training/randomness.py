@@ -1,0 +1,31 @@
+"""Randomness keyed by what it is for, never by what was drawn before.
+
+A seed, an update, a role and the *global* index of a sample name a generator. Resuming is thereby exact without a saved random
+state, and one process draws what two would (the habit of NVlabs/edm2's training loop, taken down to the sample).
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def keyed_generator(*key) -> torch.Generator:
+    """A CPU generator seeded by the printable words of `key`."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def sample_generators(samples: range, *key) -> list[torch.Generator]:
+    """One generator for each global sample index."""
+    return [keyed_generator(*key, sample) for sample in samples]
+
+
+def draw_timesteps(generators: list[torch.Generator], low: int, high: int) -> Tensor:
+    """(B,) timesteps, uniform in low..high inclusive, each from its own generator."""
+    return torch.cat([torch.randint(low, high + 1, (1,), generator=g) for g in generators])
+
+
+def draw_frames(generators: list[torch.Generator], frames: int, count: int) -> Tensor:
+    """(B, count) different frame numbers of `frames`, each row from its own generator."""
+    return torch.stack([torch.randperm(frames, generator=g)[:count] for g in generators])

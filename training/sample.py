@@ -1,0 +1,201 @@
+"""Samples clips into video files: python training/sample.py --prompt "…" --seed 0 --out clip.mp4 (--help lists the rest)."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # In place of this script's own folder, so that it runs from anywhere with nothing of ours installed.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import UNetMotionModel
+from torch import Tensor
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from avdm2_nodes.diffusion.samplers import Callback, Generators, draw_noise, sample_student, sample_teacher
+from avdm2_nodes.diffusion.schedules import TRAIN_TIMESTEPS
+from avdm2_nodes.diffusion.stack import Stack, StackError, load_stack
+from avdm2_nodes.diffusion.student_file import StudentFileError, read_student, student_timesteps, student_unet
+from avdm2_nodes.diffusion.unets import video_predictor
+from training.config import ROOT, DataConfig
+from training.precision import autocast, pick_device
+from training.video import VideoError, write_video
+
+MODEL = ROOT / "miniature"
+STUDENT = MODEL / "student.safetensors"
+TEACHER_STEPS, TEACHER_GUIDANCE = 25, 3.0
+
+# (noise (B, C, F, h, w), text (B, L, D), generators, callback) -> clips in model space (B, C, F, h, w)
+Sampler = Callable[[Tensor, Tensor, Generators, Callback | None], Tensor]
+
+
+class SampleError(ValueError):
+    """A clip that cannot be sampled; the message is one sentence."""
+
+
+def student_sampler(unet: UNetMotionModel, timesteps: Sequence[int]) -> Sampler:
+    """The student's own chain over `timesteps`."""
+    predict = video_predictor(unet)
+    return lambda noise, text, generators, callback=None: sample_student(predict, noise, text, timesteps, generators, callback)
+
+
+def teacher_sampler(unet: UNetMotionModel, empty_text: Tensor, steps: int, guidance: float) -> Sampler:
+    """The teacher's guided steps, trailing; all its randomness is the noise. empty_text (1, L, D)."""
+    predict = video_predictor(unet)
+    return lambda noise, text, generators, callback=None: sample_teacher(
+        predict, noise, text, empty_text, steps, guidance, callback=callback
+    )
+
+
+@torch.no_grad()
+def generate(
+    sampler: Sampler,
+    stack: Stack,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    frames: int,
+    height: int,
+    width: int,
+    callback: Callback | None = None,
+) -> Tensor:
+    """One clip a prompt, (B, frames, height, width, 3) uint8 on the CPU; the randomness of clip i is seeds[i]'s alone.
+
+    height and width are pixels. Runs on the text encoder's device. SampleError for a size that the VAE cannot make.
+    """
+    factor = vae_factor(stack)
+    if height % factor or width % factor:
+        raise SampleError(f"Expected --height and --width as multiples of {factor}, found {height} and {width}; change them.")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    text = stack.encode_text(list(prompts))
+    shape = (len(prompts), stack.vae.config.latent_channels, frames, height // factor, width // factor)
+    with autocast(text.device):
+        clips = sampler(draw_noise(shape, generators, text.device), text, generators, callback)
+    return stack.decode_clips(clips)
+
+
+def vae_factor(stack: Stack) -> int:
+    """Pixels a side of a latent."""
+    return 2 ** (len(stack.vae.config.block_out_channels) - 1)
+
+
+def teacher_size(stack: Stack) -> tuple[int, int]:
+    """Height and width in pixels that the image UNet was made for."""
+    size, factor = stack.image_unet.config.sample_size, vae_factor(stack)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return height * factor, width * factor
+
+
+def sample(args: argparse.Namespace) -> None:
+    """What the command line asks for. One of the errors named in `main`, before any clip is written or between two."""
+    outs = numbered(args.out, len(args.prompt))
+    if not args.out.parent.is_dir():
+        raise SampleError(f"Expected a folder at {args.out.parent} for {args.out.name}, found none; make it.")
+    device = pick_device()
+    if args.teacher:
+        stack = load_stack(args.model)
+        unet, frames, (height, width) = stack.teacher, DataConfig().frames, teacher_size(stack)
+        steps = args.steps or TEACHER_STEPS
+        guidance = TEACHER_GUIDANCE if args.guidance is None else args.guidance
+    else:
+        student = read_student(args.student)
+        stack = load_stack(args.model, with_motion=False)
+        unet, info = student_unet(student, stack.image_unet), student.info
+        frames, height, width = info.frames, info.height, info.width
+        timesteps = student_timesteps(info.timesteps, args.steps or len(info.timesteps))
+        steps = len(timesteps)
+    frames, height, width = args.frames or frames, args.height or height, args.width or width
+    if frames > unet.config.motion_max_seq_length:
+        raise SampleError(
+            f"Expected at most {unet.config.motion_max_seq_length} --frames, which is all that the motion modules know, "
+            f"found {frames}; ask for fewer."
+        )
+    for module in (unet, stack.text_encoder, stack.vae):
+        module.to(device)
+    sampler = (
+        teacher_sampler(unet, stack.encode_text([""]), steps, guidance) if args.teacher else student_sampler(unet, timesteps)
+    )
+    with tqdm(total=steps * len(outs), unit="step", desc="teacher" if args.teacher else "student") as bar:
+        for prompt, out in zip(args.prompt, outs, strict=True):
+            clip = generate(
+                sampler, stack, [prompt], [args.seed], frames, height, width, callback=lambda done, x0: bar.update()
+            )
+            write_video(out, clip[0].numpy(), args.fps)
+            tqdm.write(str(out))
+
+
+def numbered(out: Path, count: int) -> list[Path]:
+    """`out` itself for one clip, clip-1.mp4, clip-2.mp4, … for several."""
+    if count == 1:
+        return [out]
+    digits = len(str(count))
+    return [out.with_name(f"{out.stem}-{i:0{digits}d}{out.suffix}") for i in range(1, count + 1)]
+
+
+def between(low: int, high: int) -> Callable[[str], int]:
+    """A type for argparse."""
+
+    def whole_number(text: str) -> int:
+        if not (text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, found {text!r}")
+        return int(text)
+
+    return whole_number
+
+
+def scale(text: str) -> float:
+    """A type for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number from 0, found {text!r}")
+    return value
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Sample clips from a student, or from its teacher.")
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--student", type=Path, default=STUDENT, metavar="FILE", help="student file (default: the shipped one)")
+    who.add_argument("--teacher", action="store_true", help="sample the teacher instead")
+    model_help = "stack in the diffusers layout: the teacher, or the student's base (default: the miniature)"
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help=model_help)
+    parser.add_argument("--prompt", action="append", required=True, help="what the clip shows; repeat it for more clips")
+    parser.add_argument("--seed", type=between(0, 2**63 - 1), default=0, help="of each clip (default: 0)")
+    steps_help = f"evaluations of the student (default: its own) or steps of the teacher (default: {TEACHER_STEPS})"
+    parser.add_argument("--steps", type=between(1, TRAIN_TIMESTEPS), help=steps_help)
+    parser.add_argument("--guidance", type=scale, help=f"CFG scale of the teacher (default: {TEACHER_GUIDANCE})")
+    out_help = "video to write; several prompts are numbered (default: clip.mp4)"
+    parser.add_argument("--out", type=Path, default=Path("clip.mp4"), metavar="FILE", help=out_help)
+    parser.add_argument("--frames", type=between(1, 1024), help=f"default: the student's; of the teacher {DataConfig().frames}")
+    parser.add_argument("--fps", type=between(1, 240), default=8, help="frames a second of the video (default: 8)")
+    parser.add_argument("--height", type=between(8, 8192), help="pixels (default: the model's)")
+    parser.add_argument("--width", type=between(8, 8192), help="pixels (default: the model's)")
+    args = parser.parse_args(argv)
+    if args.guidance is not None and not args.teacher:
+        parser.error("--guidance is the teacher's: a student is sampled without; leave it out or add --teacher")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 1 after a sentence on stderr; argparse leaves with 2."""
+    args = parse(argv)
+    transformers_logging.disable_progress_bar()
+    try:
+        sample(args)
+    except (SampleError, StackError, StudentFileError, VideoError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        print("Expected room for the clip on the GPU, found too little; lower --frames, --height or --width.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
