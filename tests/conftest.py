@@ -9,9 +9,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from avdm2_nodes.diffusion.stack import load_stack
 from training.config import from_yaml
+from training.discriminator import DiscriminatorHeads
 from training.evaluation.feature_net import FeatureConfig, VideoFeatures, save_features
+from training.loop import Distillation
 from training.miniature import world
 from training.miniature.models import write_tokenizer
+from training.roles import build_roles
 
 torch.set_num_threads(1)
 
@@ -27,14 +30,16 @@ def new_image_unet(widths=WIDTHS):
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         attention_head_dim=2,
         cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=8,  # with one channel a group the normalisation would swallow the time embedding
     )
 
 
 def new_motion(widths=WIDTHS):
     """Motion modules whose effect is as large as that of the untrained spatial layers, so that a test sees it."""
     return MotionAdapter(
-        block_out_channels=widths, motion_layers_per_block=1, motion_num_attention_heads=2, use_motion_mid_block=False
-    )
+        block_out_channels=widths, motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=8,
+        use_motion_mid_block=False,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +102,27 @@ def make_config():
         values = {key: (tiny[key] | changes.get(key, {}) if isinstance(tiny[key], dict) else tiny[key]) for key in tiny}
         values |= {key: value for key, value in changes.items() if not isinstance(value, dict)}
         return from_yaml(yaml.safe_dump(values))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_distillation():
+    """make_distillation(stack, config): a run's state on that stack, its discriminator heads narrow."""
+
+    def make(stack, config, score_unet=None):
+        roles = build_roles(
+            stack,
+            train=config.model.train,
+            score_unet=score_unet,
+            share_base=config.model.share_base,
+            lora_rank=config.model.lora_rank,
+            gradient_checkpointing=config.model.gradient_checkpointing,
+            seed=config.run.seed,
+        )
+        torch.manual_seed(0)
+        heads = DiscriminatorHeads(list(WIDTHS), 16)
+        return Distillation(config, roles, heads, torch.zeros(1, TOKENS, TEXT_WIDTH), torch.device("cpu"))
 
     return make
 

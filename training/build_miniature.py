@@ -7,10 +7,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import logging
-
+from training import console
 from training.miniature.build import main
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    console.set_up()
     main()

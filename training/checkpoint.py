@@ -4,6 +4,7 @@ A state is a nested structure of dicts and lists whose leaves are tensors or pla
 optimisers gives it. Tensors become tensors of the file; the structure itself is JSON in its metadata.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -16,22 +17,32 @@ from safetensors.torch import save_file
 logger = logging.getLogger(__name__)
 
 
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written; the message is one sentence."""
+
+
 def write_atomically(path: Path, write) -> None:
     """Calls `write(temporary path)` and moves the result to `path`; on any error the temporary file is removed and `path` untouched."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777
         write(temporary)
+        temporary.chmod(mode)  # safetensors leaves a file that only its owner can read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _split(node, tensors: dict, name: str):
     """The JSON skeleton of `node`; its tensors go to `tensors` under their dotted place."""
     if isinstance(node, torch.Tensor):
+        if name in tensors:  # keys with dots in them can meet
+            name = f"{name} {len(tensors)}"
         tensors[name] = node.detach().contiguous()
         return {"__tensor__": name}
     if isinstance(node, dict):
@@ -53,15 +64,18 @@ def _join(node, tensors: dict):
 
 
 def save_state(path: Path, state: dict) -> None:
-    """Writes a nested state atomically. Raises OSError when there is no space or no right to write; `path` is then untouched."""
+    """Writes a nested state atomically. CheckpointError when there is no space or no right to write; `path` is then untouched."""
     tensors: dict[str, torch.Tensor] = {}
     skeleton = _split(state, tensors, "state")
     # safetensors refuses tensors that share memory (tied weights): each gets its own copy.
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
         write_atomically(path, lambda temporary: save_file(tensors, temporary, {"state": json.dumps(skeleton)}))
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f"Could not write {path.name}: {error}; free some space and resume.") from error
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        cause = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"Expected room and the right to write {path}, found: {cause}; make room and start again: the run goes on."
+        ) from error
 
 
 def load_state(path: Path) -> dict:
@@ -87,6 +101,8 @@ class Checkpoints:
 
     def save(self, step: int, state: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
+            unfinished.unlink()
         save_state(self.folder / f"step-{step:08d}.safetensors", state)
         for old in self.paths()[: -self.keep]:
             old.unlink()

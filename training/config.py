@@ -113,7 +113,10 @@ class AdmConfig(Section):
 
 
 class EvaluationConfig(Section):
-    clips: int = Field(128, ge=2, description="clips per row of the report")
+    world: Literal["miniature"] | None = Field(
+        None, description="world whose oracle measures the student; null: clips are shown, not measured"
+    )
+    clips: int = Field(128, ge=6, description="clips per row of the report, where there is an oracle")
     teacher_steps: int = Field(25, ge=1, le=1000, description="steps of the teacher it is compared with")
     teacher_guidance: float = Field(3.0, ge=0, description="CFG scale of that teacher")
 
@@ -180,7 +183,7 @@ RESUMABLE_CHANGES = frozenset(
     {
         "run.folder", "run.updates", "run.sample_every", "run.save_every", "run.keep", "run.threads", "run.device",
         "data.render", "model.gradient_checkpointing",
-        "evaluation.clips", "evaluation.teacher_steps", "evaluation.teacher_guidance",
+        "evaluation.world", "evaluation.clips", "evaluation.teacher_steps", "evaluation.teacher_guidance",
     }
 )  # fmt: skip
 

@@ -7,26 +7,36 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
 import logging
-import warnings
 from datetime import UTC, datetime
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from avdm2_nodes.diffusion.stack import Stack, StackError, load_image_unet, load_stack
-from avdm2_nodes.diffusion.student_file import StudentFileError, StudentInfo, unet_config, weights_hash, write_student
-from avdm2_nodes.diffusion.unets import encoder_features
+from avdm2_nodes.diffusion.student_file import (
+    StudentFileError,
+    StudentInfo,
+    read_student,
+    student_unet,
+    unet_config,
+    weights_hash,
+    write_student,
+)
+from avdm2_nodes.diffusion.unets import Predictor, encoder_features, video_predictor
+from training import console
+from training.checkpoint import CheckpointError
 from training.config import ConfigError, DistillConfig, load_config, to_yaml
 from training.data import ClipFolder, DataError, needs_clips, write_clips
 from training.discriminator import DiscriminatorHeads
-from training.evaluation.feature_net import content_hash, load_features
+from training.evaluation.feature_net import VideoFeatures, content_hash, load_features
 from training.evaluation.pictures import animated, contact_sheet
 from training.evaluation.report import write_report
-from training.evaluation.rows import Bench, student_method, teacher_method
+from training.evaluation.rows import Bench, Gallery, student_method, teacher_method
 from training.latents import LatentClips
 from training.loop import Distillation, DivergedError, train
 from training.miniature import world
@@ -36,6 +46,12 @@ from training.run_folder import RunFolder, RunFolderError
 from training.video import VideoError
 
 logger = logging.getLogger("distill")
+
+SHOWN = 5  # clips a row of the pictures
+
+EXPECTED_ERRORS = (  # told in their own words
+    CheckpointError, ConfigError, DataError, DivergedError, RunFolderError, StackError, StudentFileError, VideoError
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,13 +86,13 @@ def distil(config: DistillConfig, run: RunFolder, report: bool = True) -> Path:
     heads = new_heads(config, stack, data).to(device)
     distillation = Distillation(config, roles, heads, data.text([""]), device)
 
-    bench = Bench(stack, load_features(stack.folder / "feature_net.safetensors"), config.evaluation.clips)
+    gallery = new_gallery(config, stack, clips.captions)
     own = student_method("student", roles.student, config.student.steps)
 
     def show(step: int) -> None:
         (run.path / "samples").mkdir(exist_ok=True)
-        shown, _ = bench.sample(own, 4)
-        contact_sheet({own.name: list(shown)}, bench.prompts[:4], run.path / "samples" / f"update-{step:06d}.png")
+        shown, _ = gallery.sample(own, SHOWN)
+        contact_sheet({own.name: list(shown)}, gallery.prompts[: len(shown)], run.path / "samples" / f"update-{step:06d}.png")
 
     with SummaryWriter(run.path / "tensorboard") as board:
 
@@ -89,8 +105,8 @@ def distil(config: DistillConfig, run: RunFolder, report: bool = True) -> Path:
     path = export(config, run, stack, roles, score_unet)
     logger.info("The student is %s.", path)
     if report:
-        write_run_report(config, run, stack, roles, bench)
-        logger.info("Clips side by side: %s; figures: %s.", run.path / "clips.png", run.path / "report.md")
+        write_run_report(config, path, stack, roles.teacher, gallery)
+        logger.info("Beside it: its clips and its teacher's (clips.png, clips.webp) and the figures (report.md).")
     return path
 
 
@@ -110,6 +126,14 @@ def new_heads(config: DistillConfig, stack: Stack, data: LatentClips) -> Discrim
         features = encoder_features(stack.teacher, clips.cpu(), torch.zeros(1, dtype=torch.long), text.cpu())
     torch.manual_seed(config.run.seed)
     return DiscriminatorHeads([feature.shape[1] for feature in features])
+
+
+def feature_net(stack: Stack) -> VideoFeatures:
+    """The net of the evaluation, which lies beside the stack's parts. StackError where it does not."""
+    try:
+        return load_features(stack.folder / "feature_net.safetensors")
+    except (OSError, ValueError) as error:
+        raise StackError(str(error)) from error
 
 
 def export(config: DistillConfig, run: RunFolder, stack: Stack, roles: Roles, score_unet) -> Path:
@@ -135,7 +159,8 @@ def export(config: DistillConfig, run: RunFolder, stack: Stack, roles: Roles, sc
         updates=config.run.updates,
         training_config=to_yaml(config),
     )
-    write_student(path, {name: weight.half() for name, weight in roles.student_weights.items()}, info)
+    tensors = roles.student_weights | roles.student_positions
+    write_student(path, {name: tensor.half() for name, tensor in tensors.items()}, info)
     return path
 
 
@@ -145,43 +170,55 @@ def licence_of(stack: Stack) -> str:
     return path.read_text().splitlines()[0].strip() if path.exists() else "CreativeML OpenRAIL-M"
 
 
-def write_run_report(config: DistillConfig, run: RunFolder, stack: Stack, roles: Roles, bench: Bench) -> None:
-    """Measures the student beside its teacher; writes report.json, report.md, clips.png and clips.webp."""
-    steps, guidance = config.evaluation.teacher_steps, config.evaluation.teacher_guidance
+def new_gallery(config: DistillConfig, stack: Stack, captions: list[str]) -> Gallery:
+    """The prompts that the run shows: those of the world that can measure it, else the first of its data."""
+    precision = config.run.precision
+    if config.evaluation.world is None:
+        size = config.data.frames, config.data.height, config.data.width
+        return Gallery(stack, captions[:SHOWN], *size, config.run.seed, precision)
+    return Bench(stack, feature_net(stack), config.evaluation.clips, precision=precision)
+
+
+def write_run_report(config: DistillConfig, student_file: Path, stack: Stack, teacher: Predictor, gallery: Gallery) -> None:
+    """Shows the student, as its file has it, beside its teacher: clips.png and clips.webp.
+
+    Where the gallery is a bench it is measured too: report.json and report.md.
+    """
+    folder, steps, guidance = student_file.parent, config.evaluation.teacher_steps, config.evaluation.teacher_guidance
     few = len(config.student.steps)
+    student = student_unet(read_student(student_file), stack.image_unet).to(gallery.device)
     methods = [
-        teacher_method(f"teacher {steps} steps", roles.teacher, stack, steps, guidance),
-        teacher_method(f"teacher {few} steps, no guidance", roles.teacher, stack, few, 1.0),
-        *([teacher_method(f"teacher {few // 2} steps", roles.teacher, stack, few // 2, guidance)] if few > 1 else []),
-        student_method(f"student {few} steps", roles.student, config.student.steps),
+        teacher_method(f"teacher {steps} steps", teacher, stack, steps, guidance),
+        teacher_method(f"teacher {few} steps, no guidance", teacher, stack, few, 1.0),
+        *([teacher_method(f"teacher {few // 2} steps", teacher, stack, few // 2, guidance)] if few > 1 else []),
+        student_method(f"student {few} steps", video_predictor(student), config.student.steps),
     ]
-    reference = bench.reference()
-    rows = {"real clips (VAE)": bench.figures(bench.measure(bench.floor_clips()), reference)}
-    costs, shown = {}, {}
-    for method in methods:
-        clips, seconds = bench.sample(method)
-        rows[method.name] = bench.figures(bench.measure(clips), reference)
-        costs[method.name] = {"evaluations": method.evaluations, "seconds": seconds}
-        shown[method.name] = list(clips[:5])
+    sampled = {method: gallery.sample(method) for method in methods}
+    shown = {method.name: list(clips[:SHOWN]) for method, (clips, _) in sampled.items()}
+    contact_sheet(shown, gallery.prompts[:SHOWN], folder / "clips.png")
+    animated(shown, folder / "clips.webp", captions=gallery.prompts[:SHOWN])
+    if not isinstance(gallery, Bench):
+        return
+    reference = gallery.reference()
+    rows = {"real clips (VAE)": gallery.figures(gallery.measure(gallery.floor_clips()), reference)}
+    rows |= {method.name: gallery.figures(gallery.measure(clips), reference) for method, (clips, _) in sampled.items()}
+    costs = {m.name: {"evaluations": m.evaluations, "seconds": seconds} for m, (_, seconds) in sampled.items()}
     about = {
-        "clips a row": bench.clips,
+        "clips a row": len(gallery.prompts),
         "prompts": "held-out combinations",
         "guidance of the teacher": guidance,
         "spacing": "trailing",
         "feature net": content_hash(stack.folder / "feature_net.safetensors")[:12],
         "updates": config.run.updates,
     }
-    write_report(run.path, "Student beside its teacher", rows, costs, about)
-    contact_sheet(shown, bench.prompts[:5], run.path / "clips.png")
-    animated(shown, run.path / "clips.webp", captions=bench.prompts[:5])
+    write_report(folder, "Student beside its teacher", rows, costs, about)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    console.set_up()
     try:
         main()
-    except (ConfigError, DataError, DivergedError, RunFolderError, StackError, StudentFileError, VideoError) as error:
+    except EXPECTED_ERRORS as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("Interrupted; the same command goes on from the last checkpoint.")

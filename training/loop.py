@@ -66,7 +66,7 @@ class Learner:
         if self.skipped_in_a_row >= MAX_BAD_STEPS:
             raise DivergedError(
                 f"Expected finite losses and gradients, found NaN or Inf in {MAX_BAD_STEPS} updates of the {self.name} in a row; "
-                "the last checkpoint stands: lower the learning rates or the guidance and start again from it."
+                "the last checkpoint stands: lower the learning rates or the guidance and start anew in another folder."
             )
         return norm
 
@@ -266,11 +266,13 @@ def train(
     config = distillation.config
     checkpoints = Checkpoints(run.path / "checkpoints", config.run.keep)
     start, seconds = 0, 0.0
-    if found := checkpoints.latest():
+    found = checkpoints.latest()
+    if found:
         start, state = found
         seconds = state.pop("seconds")
+    run.start(config, start)  # refuses settings that the checkpoint does not fit
+    if found:
         distillation.load_state_dict(state)
-    run.start(config, start)
     total = config.critic_warmup + config.run.updates
     began = time.monotonic() - seconds
     with tqdm(total=total, initial=start, desc="distilling", unit="update") as bar:

@@ -47,6 +47,7 @@ class Roles:
     fake_score: Predictor
     student_weights: dict[str, nn.Parameter]
     fake_weights: dict[str, nn.Parameter]
+    student_positions: dict[str, Tensor]  # position encodings of the student's motion modules: buffers, never trained
     modules: list[nn.Module] = field(repr=False)  # everything that has to be on the device
 
     def to(self, device: torch.device) -> "Roles":
@@ -160,6 +161,7 @@ def build_roles(
         fake_score=score_adapters.bind("fake", image_predictor(fake)),
         student_weights=student_weights,
         fake_weights=fake_weights,
+        student_positions=_positions(student),
         modules=[teacher, student, real, fake],
     )
 
@@ -178,8 +180,13 @@ def _copies(stack: Stack, score_unet: UNet2DConditionModel, gradient_checkpointi
         fake_score=image_predictor(fake),
         student_weights=dict(student.named_parameters()),
         fake_weights=dict(fake.named_parameters()),
+        student_positions=_positions(student),
         modules=[teacher, student, real, fake],
     )
+
+
+def _positions(unet: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in unet.named_buffers() if name.endswith(".pe")}
 
 
 def checkpoint_layers(unets: list[nn.Module], adapters: list[Adapters]) -> None:

@@ -15,13 +15,13 @@ import torch
 from diffusers import UNetMotionModel
 from torch import Tensor
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from avdm2_nodes.diffusion.samplers import Callback, Generators, draw_noise, sample_student, sample_teacher
 from avdm2_nodes.diffusion.schedules import TRAIN_TIMESTEPS
 from avdm2_nodes.diffusion.stack import Stack, StackError, load_stack
 from avdm2_nodes.diffusion.student_file import StudentFileError, read_student, student_timesteps, student_unet
 from avdm2_nodes.diffusion.unets import video_predictor
+from training import console
 from training.config import ROOT, DataConfig
 from training.precision import autocast, pick_device
 from training.video import VideoError, write_video
@@ -67,7 +67,7 @@ def generate(
 
     height and width are pixels. Runs on the text encoder's device. SampleError for a size that the VAE cannot make.
     """
-    factor = vae_factor(stack)
+    factor = stack.pixels
     if height % factor or width % factor:
         raise SampleError(f"Expected --height and --width as multiples of {factor}, found {height} and {width}; change them.")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -78,14 +78,9 @@ def generate(
     return stack.decode_clips(clips)
 
 
-def vae_factor(stack: Stack) -> int:
-    """Pixels a side of a latent."""
-    return 2 ** (len(stack.vae.config.block_out_channels) - 1)
-
-
 def teacher_size(stack: Stack) -> tuple[int, int]:
     """Height and width in pixels that the image UNet was made for."""
-    size, factor = stack.image_unet.config.sample_size, vae_factor(stack)
+    size, factor = stack.image_unet.config.sample_size, stack.pixels
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return height * factor, width * factor
 
@@ -185,7 +180,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """0, or 1 after a sentence on stderr; argparse leaves with 2."""
     args = parse(argv)
-    transformers_logging.disable_progress_bar()
+    console.set_up()
     try:
         sample(args)
     except (SampleError, StackError, StudentFileError, VideoError) as error:

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, MotionAdapter, UNet2DCondi
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .unets import video_unet
+from .unets import require_matching_motion, video_unet
 
 
 class StackError(ValueError):
@@ -35,6 +35,11 @@ class Stack:
     def teacher(self):
         """The video UNet: the image UNet with the motion modules in it (weights copied), frozen."""
         return _frozen(video_unet(self.image_unet, self.motion))
+
+    @property
+    def pixels(self) -> int:
+        """Pixels a side of a latent."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Tensor:
@@ -79,7 +84,7 @@ def load_stack(folder: Path, motion: Path | None = None, with_motion: bool = Tru
     """Loads a stack; `motion` names another motion adapter's folder. Raises StackError, naming what is missing or wrong."""
     folder = Path(folder)
     _require_folder(folder)
-    return Stack(
+    stack = Stack(
         folder,
         _load(CLIPTokenizer, folder / "tokenizer"),
         _frozen(_load(CLIPTextModel, folder / "text_encoder")),
@@ -87,6 +92,12 @@ def load_stack(folder: Path, motion: Path | None = None, with_motion: bool = Tru
         load_image_unet(folder / "unet"),
         load_motion(motion or folder / "motion_adapter") if with_motion else None,
     )
+    if stack.motion is not None:
+        try:
+            require_matching_motion(stack.image_unet, stack.motion)
+        except ValueError as error:
+            raise StackError(str(error)) from error
+    return stack
 
 
 def load_vae(folder: Path) -> AutoencoderTiny | AutoencoderKL:

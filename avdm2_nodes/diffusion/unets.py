@@ -22,17 +22,19 @@ def zero_motion(motion: MotionAdapter) -> MotionAdapter:
 
 
 def video_unet(image_unet: UNet2DConditionModel, motion: MotionAdapter) -> UNetMotionModel:
-    """A video UNet of its own (weights copied) from an image UNet and a motion adapter.
+    """A video UNet of its own (weights copied) from an image UNet and a motion adapter; ValueError where they do not match."""
+    require_matching_motion(image_unet, motion)
+    return UNetMotionModel.from_unet2d(image_unet, motion)
 
-    Raises ValueError where the adapter was made for other widths.
-    """
+
+def require_matching_motion(image_unet: UNet2DConditionModel, motion: MotionAdapter) -> None:
+    """ValueError where the motion adapter was made for an image UNet of other widths."""
     unet_widths, motion_widths = tuple(image_unet.config.block_out_channels), tuple(motion.config.block_out_channels)
     if unet_widths != motion_widths:
         raise ValueError(
             f"Expected a motion module for an image UNet of widths {unet_widths}, found one for {motion_widths}; "
             "use a motion module that was made for this base model."
         )
-    return UNetMotionModel.from_unet2d(image_unet, motion)
 
 
 def video_predictor(unet: UNetMotionModel) -> Predictor:

@@ -210,7 +210,7 @@ def test_settings_are_frozen():
 def test_training_changes(load):
     earlier = to_yaml(load(""))
     assert training_changes(earlier, load("")) == []
-    harmless = load("", "--run.updates", "9", "--run.folder", "x", "--run.threads", "1", "--evaluation.clips", "4")
+    harmless = load("", "--run.updates", "9", "--run.folder", "x", "--run.threads", "1", "--evaluation.clips", "8")
     assert training_changes(earlier, harmless) == []
     assert training_changes(earlier, load("", "--sdm.weight", "1", "--model.motion", "/m")) == [
         "model.motion '/m', was null",

@@ -82,6 +82,7 @@ def test_from_another_folder(model, tmp_path, command):
     done = script(tmp_path, "--student", student, "--model", str(model), *prompts, "--seed", "7", "--out", "two.mp4")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["two-1.mp4", "two-2.mp4"]
+    assert all("student:" in line for line in done.stderr.splitlines() if line.strip()), done.stderr
     assert sorted(os.listdir(tmp_path)) == ["two-1.mp4", "two-2.mp4"]
     one, two = (read_video(tmp_path / f"two-{i}.mp4", 3) for i in (1, 2))
     assert one.shape == two.shape == (3, 32, 48, 3)

@@ -1,6 +1,7 @@
 """Tables of figures as JSON and Markdown."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,8 +19,9 @@ def write_report(
     `rows` maps a row's name to its figures (value, low, high), `costs` to plain values such as evaluations and seconds; `about` says
     what was measured and with what.
     """
+    keys = ("value", "low", "high")
     table = {
-        name: {key: {"value": v, "low": low, "high": high} for key, (v, low, high) in row.items()} | costs.get(name, {})
+        name: {key: dict(zip(keys, map(_finite, figure), strict=True)) for key, figure in row.items()} | costs.get(name, {})
         for name, row in rows.items()
     }
     (folder / "report.json").write_text(
@@ -27,6 +29,11 @@ def write_report(
     )
     facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
     (folder / "report.md").write_text(f"# {title}\n\n{facts}\n\n{markdown_table(rows, costs)}")
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def markdown_table(rows: Mapping[str, Mapping[str, Figure]], costs: Mapping[str, dict]) -> str:

@@ -4,7 +4,7 @@ All rows show the same held-out prompts; whoever samples starts from the same no
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,20 +54,51 @@ def teacher_method(name: str, teacher: Predictor, stack: Stack, steps: int, guid
     return Method(name, sample, steps * (1 if guidance == 1 else 2))
 
 
-class Bench:
-    """The prompts of a table, the real clips of its reference and floor, and the way a row is measured."""
+class Gallery:
+    """Prompts and the way their clips are sampled: every method starts from the same noise."""
+
+    def __init__(
+        self, stack: Stack, prompts: Sequence[str], frames: int, height: int, width: int, seed: int = 0, precision: str = "auto"
+    ):
+        self.stack, self.prompts, self.seed, self.precision = stack, list(prompts), seed, precision
+        self.shape = (stack.vae.config.latent_channels, frames, height // stack.pixels, width // stack.pixels)
+        self.device = next(stack.text_encoder.parameters()).device  # the UNets that sample are the roles' own
+
+    @torch.no_grad()
+    def sample(self, method: Method, count: int | None = None) -> tuple[np.ndarray, float]:
+        """(clips (N, F, H, W, 3) uint8, seconds a clip without decoding) of the first `count` prompts, by default all."""
+        count = min(count or len(self.prompts), len(self.prompts))
+        seconds, latents = 0.0, []
+        for start in tqdm(range(0, count, _BATCH), method.name, leave=False, mininterval=2):
+            samples = range(start, min(start + _BATCH, count))
+            generators = sample_generators(samples, self.seed, "evaluation")
+            noise = draw_noise((len(samples), *self.shape), generators, self.device)
+            with autocast(self.device, self.precision):
+                text = self.stack.encode_text(self.prompts[samples.start : samples.stop])
+                began = time.perf_counter()
+                latents.append(method.sample(noise, text.float(), generators).cpu())
+            seconds += time.perf_counter() - began
+        return np.concatenate([self._decode(part) for part in latents]), seconds / count
+
+    def _decode(self, latents: Tensor) -> np.ndarray:
+        with autocast(self.device, self.precision):
+            return self.stack.decode_clips(latents).numpy()
+
+
+class Bench(Gallery):
+    """A gallery of the miniature world's held-out prompts, whose clips are measured against rendered ones."""
 
     def __init__(
         self, stack: Stack, net: VideoFeatures, clips: int, seed: int = 0, style: str = "plain", precision: str = "auto"
     ):
-        self.stack, self.net, self.clips, self.seed, self.style, self.precision = stack, net, clips, seed, style, precision
+        self.net, self.style = net, style
         self.contents = world.draw_contents(clips, held_out=True, seed=seed)
-        self.prompts = [content.caption for content in self.contents]
-        self.device = next(stack.image_unet.parameters()).device
+        captions = [content.caption for content in self.contents]
+        super().__init__(stack, captions, world.FRAMES, world.SIDE, world.SIDE, seed, precision)
 
     def real_clips(self, draw: int) -> np.ndarray:
         """(N, F, H, W, 3) uint8: rendered clips of the prompts; another `draw` is another place, speed and ground of each."""
-        rngs = (np.random.default_rng([self.seed, draw, i]) for i in range(self.clips))
+        rngs = (np.random.default_rng([self.seed, draw, i]) for i in range(len(self.contents)))
         return np.stack([world.render(c, self.style, rng).frames for c, rng in zip(self.contents, rngs, strict=True)])
 
     def reference(self) -> dict[str, np.ndarray]:
@@ -75,35 +106,9 @@ class Bench:
 
     def floor_clips(self) -> np.ndarray:
         """Other real clips than the reference's, through the VAE: as near as anything sampled could come."""
-        return torch.cat(list(self._decoded(self._encoded()))).numpy()
-
-    def _encoded(self) -> Iterator[Tensor]:
-        for part in torch.from_numpy(self.real_clips(draw=1)).split(_BATCH):
-            with autocast(self.device, self.precision):
-                yield self.stack.encode_clips(part)
-
-    def _decoded(self, latents: Iterator[Tensor]) -> Iterator[Tensor]:
-        for part in latents:
-            with autocast(self.device, self.precision):
-                yield self.stack.decode_clips(part)
-
-    @torch.no_grad()
-    def sample(self, method: Method, count: int | None = None) -> tuple[np.ndarray, float]:
-        """(clips (N, F, H, W, 3) uint8, seconds a clip without decoding) of the first `count` prompts, by default all."""
-        count = count or self.clips
-        config = self.stack.image_unet.config
-        shape = (config.in_channels, world.FRAMES, world.SIDE // 8, world.SIDE // 8)
-        seconds, latents = 0.0, []
-        for start in tqdm(range(0, count, _BATCH), method.name, leave=False, mininterval=2):
-            samples = range(start, min(start + _BATCH, count))
-            generators = sample_generators(samples, self.seed, "evaluation")
-            noise = draw_noise((len(samples), *shape), generators, self.device)
-            with autocast(self.device, self.precision):
-                text = self.stack.encode_text([self.prompts[i] for i in samples])
-                began = time.perf_counter()
-                latents.append(method.sample(noise, text.float(), generators).cpu())
-            seconds += time.perf_counter() - began
-        return torch.cat(list(self._decoded(iter(latents)))).numpy(), seconds / count
+        parts = torch.from_numpy(self.real_clips(draw=1)).split(_BATCH)
+        with autocast(self.device, self.precision):
+            return np.concatenate([self._decode(self.stack.encode_clips(part)) for part in parts])
 
     def measure(self, clips: np.ndarray) -> dict[str, np.ndarray]:
         return measure(clips, self.contents[: len(clips)], self.net)

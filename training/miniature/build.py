@@ -7,6 +7,7 @@ Every stage is deterministic from the seed, goes on where it stopped, and is ski
 import argparse
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
-from avdm2_nodes.diffusion.stack import encode_clips, load_stack, load_vae
+from avdm2_nodes.diffusion.stack import decode_clips, encode_clips, load_stack, load_vae
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor, video_unet
 from training.checkpoint import write_atomically
 from training.data import ClipFolder, needs_clips, write_clips
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 CLIPS = {"plain": 4096, "neon": 3072}
+FEATURE_CLIPS = {False: 1741, True: 307}  # of each style, for the feature net: seen and held-out combinations
 CAPTION_DROP = 0.1  # share of captions replaced by the empty one, which guidance needs (Ho & Salimans, arXiv 2207.12598)
 
 
@@ -53,10 +55,11 @@ def to_images(frames: Tensor) -> Tensor:
 
 
 def build_vae(work: Path, stack: Path, steps: int, seed: int) -> dict:
-    frames = torch.cat([read_all(work / "clips" / style)[0].flatten(0, 1) for style in world.STYLES])
+    """The autoencoder, on frames of both styles: crops first, which are the cheaper teacher, then whole frames."""
+    frames = all_frames(work)
     torch.manual_seed(seed)
     vae = new_vae()
-    crops_until = int(steps * 0.85)  # crops are the cheaper teacher, whole frames the faithful one
+    crops_until = int(steps * 0.85)
 
     def losses(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         whole = step >= crops_until
@@ -67,23 +70,49 @@ def build_vae(work: Path, stack: Path, steps: int, seed: int) -> dict:
         with autocast(CPU):
             return vae_losses(vae, images, generator)
 
-    kernels = [p for p in vae.parameters() if p.ndim == 4]
-    others = [p for p in vae.parameters() if p.ndim != 4]
-    optimisers = [KernelMuon(kernels, lr=2e-3), adamw(others, lr=1e-3, weight_decay=0.0)]
-    figures = run_stage("vae", work, vae, losses, optimisers=optimisers, steps=steps, seed=seed, ema_decay=0.995)
-    probe = to_images(frames[:: len(frames) // 512])
+    figures = run_stage(
+        "vae", work, vae, losses, optimisers=muon_and_adamw(vae, lr=2e-3), steps=steps, seed=seed, ema_decay=0.995
+    )
     with torch.no_grad(), autocast(CPU):
-        latents = torch.cat([vae.encode(part).latents for part in probe.split(64)]).float()
-        decoded = torch.cat([vae.decode(part).sample for part in latents.split(64)]).float().clamp(-1, 1)
-    scale = 1 / latents.std().item()
-    vae.register_to_config(scaling_factor=round(scale, 4), latent_magnitude=3)
+        latents = torch.cat([vae.encode(part).latents for part in to_images(probe_of(frames)).split(64)]).float()
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     vae.half().save_pretrained(stack / "vae")
-    psnr = -10 * torch.log10((decoded - probe).square().mean((1, 2, 3)) / 4)
-    return figures | {
-        "psnr_db": round(psnr.mean().item(), 2),
-        "scaling_factor": round(scale, 4),
-        "beyond_3": (latents.abs() > 3).float().mean().item(),
-    }
+    return figures | {"scaling_factor": vae.config.scaling_factor, "psnr_db": psnr(stack, frames)}
+
+
+def build_decoder(work: Path, stack: Path, steps: int, seed: int) -> dict:
+    """The decoder alone, longer: the latents stay what they are, so that the models trained on them stay right."""
+    frames = all_frames(work)
+    vae = load_vae(stack / "vae")
+    vae.decoder.requires_grad_(True)
+
+    def losses(step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        images = to_images(frames[torch.randint(len(frames), (4,), generator=generator)])
+        with autocast(CPU):
+            return vae_losses(vae, images, generator)
+
+    optimisers = muon_and_adamw(vae.decoder, lr=1e-3)
+    figures = run_stage("decoder", work, vae, losses, optimisers=optimisers, steps=steps, seed=seed, ema_decay=0.995)
+    vae.half().save_pretrained(stack / "vae")
+    return figures | {"psnr_db": psnr(stack, frames)}
+
+
+def all_frames(work: Path) -> Tensor:
+    """(N, H, W, 3) uint8, of both styles."""
+    return torch.cat([read_all(work / "clips" / style)[0].flatten(0, 1) for style in world.STYLES])
+
+
+def probe_of(frames: Tensor) -> Tensor:
+    return frames[:: len(frames) // 512]
+
+
+def psnr(stack: Path, frames: Tensor) -> float:
+    """Mean PSNR in dB of some frames' way through the autoencoder as it was written."""
+    vae, probe = load_vae(stack / "vae"), probe_of(frames)
+    with autocast(CPU):
+        back = decode_clips(vae, encode_clips(vae, probe[:, None]))[:, 0]
+    error = ((back.float() - probe.float()) / 255).square().mean((1, 2, 3))
+    return round(-10 * torch.log10(error).mean().item(), 2)
 
 
 def muon_and_adamw(unet: nn.Module, *others: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
@@ -102,7 +131,9 @@ def encoded_clips(work: Path, stack: Path, style: str) -> tuple[Tensor, list[str
         with autocast(CPU):
             latents = torch.cat([encode_clips(vae, part) for part in frames.split(64)])
         cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, lambda path: save_file({"latents": latents}, path, {"captions": json.dumps(captions)}))
+        write_atomically(
+            cache, lambda path: save_file({"latents": latents.contiguous()}, path, {"captions": json.dumps(captions)})
+        )
     return load_file(cache)["latents"], ClipFolder(work / "clips" / style, world.FRAMES, world.SIDE, world.SIDE).captions
 
 
@@ -188,7 +219,7 @@ def build_motion(work: Path, stack: Path, steps: int, seed: int, batch: int = 16
         error = (eps - noise).square()
         return {"loss": (error * (sigma / alpha).clamp(0.5, 6)).mean(), "mse": error.mean()}
 
-    optimisers = [adamw([p for p in unet.parameters() if p.requires_grad], lr=1e-3)]
+    optimisers = muon_and_adamw(unet, lr=1e-3)
     figures = run_stage("motion", work, unet, losses, optimisers=optimisers, steps=steps, seed=seed, ema_decay=0.995)
     unet.half().save_motion_modules(stack / "motion_adapter")
     return figures
@@ -196,13 +227,11 @@ def build_motion(work: Path, stack: Path, steps: int, seed: int, batch: int = 16
 
 def build_features(work: Path, stack: Path, steps: int, seed: int, batch: int = 16) -> dict:
     """The feature net of the evaluation, on rendered clips of both styles and of all combinations; it never sees the VAE."""
-    styles = [style for style in world.STYLES for _ in range(2048)]
-    clips = [
-        clip
-        for style in world.STYLES
-        for held_out, count in ((False, 1741), (True, 307))
-        for clip in world.render_split(count, style=style, held_out=held_out, seed=seed + 1)
-    ]
+    clips, styles = [], []
+    for style in world.STYLES:
+        for held_out, count in FEATURE_CLIPS.items():
+            clips += world.render_split(count, style=style, held_out=held_out, seed=seed + 1)
+            styles += [style] * count
     frames = torch.from_numpy(np.stack([clip.frames for clip in clips]))
     targets = feature_net.targets_of(
         [clip.content for clip in clips],
@@ -240,13 +269,14 @@ def build_features(work: Path, stack: Path, steps: int, seed: int, batch: int = 
     return figures | {name: round(value, 4) for name, value in scores.items()}
 
 
-# Stage -> (its function, its result in the stack, steps). In this order: each needs the results of those before it.
+# Stage -> (its function, training steps). In this order: each needs the results of those before it.
 STAGES = {
-    "vae": (build_vae, "vae/config.json", 4500),
-    "image": (build_image, "unet/config.json", 6000),
-    "motion": (build_motion, "motion_adapter/config.json", 2000),
-    "style": (build_style, "styles/neon/config.json", 2000),
-    "features": (build_features, "feature_net.safetensors", 1800),
+    "vae": (build_vae, 4500),
+    "image": (build_image, 3600),
+    "motion": (build_motion, 1000),
+    "style": (build_style, 2000),
+    "decoder": (build_decoder, 2000),
+    "features": (build_features, 3000),
 }
 
 
@@ -264,17 +294,24 @@ def main(argv: list[str] | None = None) -> None:
     for style, count in CLIPS.items():
         render_clips(args.work / "clips" / style, style, count, args.seed)
     for name in args.stages:
-        build, result, steps = STAGES[name]
-        if (args.stack / result).exists():
-            logger.info("Stage %s is done: %s stands.", name, args.stack / result)
+        build, steps = STAGES[name]
+        log = args.stack / "build.json"
+        if name in recorded(log):
+            logger.info("Stage %s is done, as %s says.", name, log)
             continue
         figures = build(args.work, args.stack, args.steps or steps, args.seed)
         logger.info("Stage %s: %s", name, figures)
-        record(args.stack / "build.json", name, figures | {"seed": args.seed, "threads": torch.get_num_threads()})
+        (args.stack / "logs").mkdir(exist_ok=True)
+        shutil.copy(args.work / name / "log.jsonl", args.stack / "logs" / f"{name}.jsonl")
+        record(log, name, figures | {"seed": args.seed, "threads": torch.get_num_threads()})
+
+
+def recorded(path: Path) -> dict:
+    """The figures of the stages that are done."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def record(path: Path, stage: str, figures: dict) -> None:
     """Adds a stage's figures to the stack's record of its own making."""
-    log = json.loads(path.read_text()) if path.exists() else {}
-    log[stage] = figures | {"torch": torch.__version__}
+    log = recorded(path) | {stage: figures | {"torch": torch.__version__}}
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(log, indent=1) + "\n"))

@@ -10,6 +10,7 @@ from avdm2_nodes.diffusion.unets import zero_motion
 
 WIDTHS = (64, 96, 96)
 HEADS = 4
+GROUPS = 8  # of the normalisation: at 32 each would hold two or three channels and swallow the time embedding
 TEXT_WIDTH = 128
 TOKENS = 32
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -73,6 +74,7 @@ def new_image_unet() -> UNet2DConditionModel:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         attention_head_dim=HEADS,
         cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=GROUPS,
     )
 
 
@@ -83,6 +85,7 @@ def new_motion_adapter() -> MotionAdapter:
             block_out_channels=WIDTHS,
             motion_layers_per_block=1,
             motion_num_attention_heads=HEADS,
+            motion_norm_num_groups=GROUPS,
             motion_max_seq_length=32,
             use_motion_mid_block=False,
         )

@@ -98,10 +98,9 @@ def parse_caption(caption: str) -> Content:
 
 
 def draw_contents(count: int, *, held_out: bool, seed: int) -> list[Content]:
-    """`count` contents of one split, each combination as often as the others (to within one), in random order.
+    """`count` contents of one split in random order, in rounds that show each moving combination once and each still one twice.
 
-    Half of the moving combinations' weight would drown the still ones, so the three speeds (still, slowly, fast) are equally
-    frequent: a ninth of the combinations stands still but a third of what is drawn does not; still ones are drawn twice.
+    Only a ninth of the combinations stands still; of what is drawn it is a fifth.
     """
     pool = [c for c in all_contents() if c.held_out == held_out]
     pool += [c for c in pool if c.direction is None]

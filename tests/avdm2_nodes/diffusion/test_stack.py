@@ -1,0 +1,96 @@
+import shutil
+
+import pytest
+import torch
+
+from avdm2_nodes.diffusion.stack import StackError, load_image_unet, load_stack
+
+
+@pytest.fixture
+def folder(stack_folder, tmp_path):
+    """A copy of the tiny stack, to be damaged."""
+    return shutil.copytree(stack_folder, tmp_path / "copy")
+
+
+def refusal(*args, **options):
+    with pytest.raises(StackError) as caught:
+        load_stack(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_everything_is_frozen_float32_and_in_evaluation_mode(folder):
+    load_image_unet(folder).half().save_pretrained(folder / "unet")
+    stack = load_stack(folder)
+    for part in (stack.text_encoder, stack.vae, stack.image_unet, stack.motion, stack.teacher):
+        assert not part.training
+        assert all(p.dtype == torch.float32 and not p.requires_grad for p in part.parameters())
+
+
+def test_encoding_and_decoding_are_the_vaes_frame_by_frame(stack):
+    frames = torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
+    clips = stack.encode_clips(frames, batch=4)
+    assert clips.shape == (2, 4, 3, 8, 8) and clips.dtype == torch.float32
+    decoded = stack.decode_clips(clips, batch=4)
+    assert decoded.shape == frames.shape and decoded.dtype == torch.uint8
+    with torch.no_grad():
+        image = frames[1, 2].permute(2, 0, 1)[None] / 127.5 - 1
+        latent = stack.vae.encode(image).latents
+        torch.testing.assert_close(clips[1, :, 2], 2.0 * latent[0], rtol=1e-4, atol=1e-5)  # 2 is its scaling factor
+        back = (stack.vae.decode(clips[1:, :, 2] / 2.0).sample[0] + 1) * 127.5
+    assert (decoded[1, 2].permute(2, 0, 1) - back.clamp(0, 255)).abs().max() < 0.51
+
+
+def test_text_is_padded_cut_and_each_caption_apart(stack):
+    long = "a small red circle " * 20
+    text = stack.encode_text(["", "a small red circle", long])
+    assert text.shape == (3, 32, 32)
+    torch.testing.assert_close(stack.encode_text([long])[0], text[2], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(text[0], text[1])
+
+
+def test_without_motion_there_is_an_image_stack(folder):
+    shutil.rmtree(folder / "motion_adapter")
+    assert load_stack(folder, with_motion=False).motion is None
+    assert "motion_adapter" in refusal(folder)
+
+
+def test_another_motion_adapter_may_be_named(folder, make_motion):
+    other = make_motion()
+    other.save_pretrained(folder / "other")
+    motion = load_stack(folder, motion=folder / "other").motion
+    assert all(torch.equal(a, b) for a, b in zip(motion.parameters(), other.parameters(), strict=True))
+
+
+def test_a_motion_adapter_of_other_widths_is_refused(folder, make_motion):
+    make_motion((32, 64, 64)).save_pretrained(folder / "other")
+    assert "(32, 64, 64)" in refusal(folder, motion=folder / "other")
+
+
+def test_an_image_unet_is_found_in_its_folder_and_in_a_stack(stack_folder):
+    a, b = load_image_unet(stack_folder), load_image_unet(stack_folder / "unet")
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_missing_folder_and_missing_parts_are_named(folder, tmp_path):
+    assert str(tmp_path / "gone") in refusal(tmp_path / "gone")
+    for part in ("tokenizer", "text_encoder", "vae", "unet", "motion_adapter"):
+        shutil.move(folder / part, tmp_path / "away")
+        assert str(folder / part) in refusal(folder)
+        shutil.move(tmp_path / "away", folder / part)
+
+
+@pytest.mark.parametrize("part", ["text_encoder/model", "vae/diffusion_pytorch_model", "unet/diffusion_pytorch_model"])
+def test_damaged_weights_are_refused(folder, part):
+    path = folder / f"{part}.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert str(path.parent) in refusal(folder)
+
+
+def test_a_damaged_config_and_a_vae_of_another_kind_are_refused(folder):
+    config = folder / "vae" / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace("AutoencoderTiny", "VQModel"))
+    assert "found 'VQModel'" in refusal(folder)
+    config.write_text(text[:20])
+    assert "config.json" in refusal(folder)

@@ -1,0 +1,281 @@
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from avdm2_nodes.diffusion.student_file import read_student, student_unet, weights_hash
+from avdm2_nodes.diffusion.unets import video_predictor
+from training.checkpoint import Checkpoints
+from training.config import ROOT, load_config, to_yaml
+from training.data import write_clips
+from training.distill import export
+from training.miniature import world
+from training.run_folder import RunFolder
+
+SCRIPT = ROOT / "training" / "distill.py"
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("distil")
+
+
+@pytest.fixture(scope="session")
+def settings(work, stack_folder, make_config):
+    """settings(run folder, ...): a YAML file of a tiny run on the tiny stack; with render, clips are rendered first."""
+
+    def write(folder, **changes):
+        sections = {
+            "run": {"updates": 3, "sample_every": 2, "folder": str(work / folder)},
+            "data": {"folder": str(work / "data"), "render": 5},
+            "model": {"teacher": str(stack_folder)},
+            "student": {"steps": [999, 499]},
+            "critic_warmup": 1,
+            "evaluation": {"teacher_steps": 2, "world": "miniature"},
+        }
+        for name, values in changes.items():
+            sections[name] = sections.get(name, {}) | values if isinstance(values, dict) else values
+        path = work / f"{folder}.yaml"
+        path.write_text(to_yaml(make_config(**sections)))
+        return path
+
+    return write
+
+
+def start(config, cwd, *arguments):
+    """The command, as a process from another folder, with nothing of ours installed or on the path."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, str(SCRIPT), "--config", str(config), *arguments]
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="session")
+def finished(settings, work):
+    """The folder of a run that nothing interrupted."""
+    process = start(settings("finished"), work)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return work / "finished"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(arguments): the script as a command within this process: (exit code, what it said on stderr)."""
+
+    def inner(*arguments):
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        code = caught.value.code
+        return (1, code) if isinstance(code, str) else (code, capsys.readouterr().err)  # Python prints a text and exits with 1
+
+    return inner
+
+
+def stats(folder):
+    path = folder / "stats.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+# ---- what a run leaves ----
+
+
+def test_a_run_leaves_everything_that_it_promises(finished):
+    for name in ("student.safetensors", "report.json", "report.md", "clips.png", "clips.webp", "stats.jsonl", "config.yaml"):
+        assert (finished / name).stat().st_size > 0, name
+    assert (finished / "samples" / "update-000002.png").exists() and any((finished / "tensorboard").iterdir())
+    lines = [json.loads(line) for line in stats(finished)]
+    assert [line["update"] for line in lines] == [1, 2, 3, 4]
+    assert {"sdm", "adm", "fake", "critic", "seconds"} < lines[-1].keys()
+    rows = json.loads((finished / "report.json").read_text())["rows"]
+    names = ["real clips (VAE)", "teacher 2 steps", "teacher 2 steps, no guidance", "teacher 1 steps", "student 2 steps"]
+    assert list(rows) == names and [rows[name].get("evaluations") for name in names] == [None, 4, 2, 2, 2]
+
+
+def test_the_student_file_holds_the_averaged_weights(finished, stack):
+    student = read_student(finished / "student.safetensors")
+    _, state = Checkpoints(finished / "checkpoints", 3).latest()
+    average = state["ema"]["shadow"]
+    others = student.tensors.keys() - average.keys()
+    assert average.keys() < student.tensors.keys() and all(name.endswith("pos_embed.pe") for name in others)
+    assert all(torch.equal(student.tensors[name], average[name].half()) for name in average)
+    built = dict(student_unet(student, stack.image_unet).named_parameters())
+    assert all(torch.equal(built[name], average[name].half().float()) for name in average)
+    info = student.info
+    assert (info.holds, info.timesteps, info.frames, info.height, info.updates) == ("all", (999, 499), 8, 64, 3)
+    assert info.base_hash == info.score_hash == weights_hash(stack.image_unet)
+    assert "updates: 3" in info.training_config
+
+
+@pytest.mark.parametrize(("train", "share_base"), [("motion", False), ("motion+lora", True), ("all", False)])
+def test_an_exported_student_is_the_student_that_was_trained(
+    stack, settings, make_distillation, tmp_path, train, share_base, random_clips
+):
+    config = load_config(["--config", str(settings("exported", model={"train": train, "share_base": share_base}))])
+    run = make_distillation(stack, config)
+    run.update(0, random_clips)
+    for step in range(1, 3):
+        run.update(step, random_clips)
+    with RunFolder(tmp_path) as folder:
+        path = export(config, folder, stack, run.roles, None)
+    unet = student_unet(read_student(path), stack.image_unet)
+    x, text = random_clips.batch([0])
+    with torch.no_grad():
+        want = run.roles.student(x, torch.tensor([500]), text)
+        got = video_predictor(unet)(x, torch.tensor([500]), text)
+        teacher = run.roles.teacher(x, torch.tensor([500]), text)
+    assert (want - teacher).abs().max() > 1e-2
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=5e-3)  # it was rounded to float16
+
+
+def test_a_second_start_of_a_finished_run_trains_no_more(finished, settings):
+    from training import distill
+
+    before, lines = load_file(finished / "student.safetensors"), stats(finished)
+    (finished / "report.md").unlink()
+    distill.main(["--config", str(settings("finished"))])
+    after = load_file(finished / "student.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert stats(finished) == lines and (finished / "report.md").exists()
+
+
+# ---- killed at any moment ----
+
+
+def kill_when(process, condition, limit=300):
+    """Waits until the condition holds and kills the process, which must still be running."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def assert_same_student(folder, other):
+    a, b = (load_file(f / "student.safetensors") for f in (folder, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    figures = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in stats(f)] for f in (folder, other)]
+    assert figures[0] == figures[1]
+
+
+def test_a_run_that_was_killed_thrice_ends_bitwise_as_one_that_was_not(finished, settings, work):
+    config, folder = settings("killed"), work / "killed"
+    checkpoints = folder / "checkpoints"
+    for moment in (
+        lambda: any(checkpoints.glob(".*.tmp")) or len(stats(folder)) >= 1,  # the first checkpoint is being written
+        lambda: len(stats(folder)) >= 3,
+        lambda: len(stats(folder)) >= 4 and any(checkpoints.glob("step-00000004*")),  # trained, but not yet exported
+    ):
+        kill_when(start(config, work), moment)
+        assert not (folder / "student.safetensors").exists()
+    process = start(config, work)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert_same_student(folder, finished)
+    assert not list(checkpoints.glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(settings, work):
+    long = {"run": {"updates": 60, "save_every": 3, "sample_every": 7}}
+    process = start(settings("long", **long), work)
+    assert process.wait() == 0
+    config, folder, rng = settings("long-killed", **long), work / "long-killed", random.Random(0)
+    for target in sorted(rng.sample(range(61), 20)):
+        process = start(config, work)
+        kill_when(process, lambda target=target: len(stats(folder)) >= target, limit=1200)
+        print(f"killed after line {target} of 61, at checkpoint {len(list((folder / 'checkpoints').glob('step-*')))}")
+    assert start(config, work).wait() == 0
+    assert_same_student(folder, work / "long")
+
+
+# ---- refusals: one sentence each, exit code 1 ----
+
+
+@pytest.fixture
+def data(finished):
+    """The clips that the finished run has rendered."""
+
+
+@pytest.mark.usefixtures("data")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model.teacher", "gone"], "gone, found none"),
+        (["--model.score_unet", "gone"], "gone, found none"),
+        (["--data.folder", "gone", "--data.render", "null"], "gone, found nothing"),
+        (["--student.lr", "-1"], "student.lr"),
+        (["--sdm.wieght", "1"], "--sdm.weight"),
+        (["--evaluation.clips", "2"], "evaluation.clips"),
+    ],
+)
+def test_refusals(command, settings, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    code, message = command("--config", settings("refused"), "--run.folder", "run", *arguments)
+    assert code == 1 and said in message and "\n" not in message.strip() and "Traceback" not in message
+    assert not (tmp_path / "run" / "student.safetensors").exists()
+
+
+@pytest.mark.usefixtures("data")
+def test_other_settings_for_a_run_that_has_begun_are_refused(command, settings, finished):
+    before = (finished / "student.safetensors").read_bytes()
+    code, message = command("--config", settings("finished"), "--model.train", "motion")
+    assert code == 1 and "model.train 'motion', was 'all'" in message
+    assert (finished / "student.safetensors").read_bytes() == before
+
+
+def test_a_motion_module_of_other_widths_is_refused(command, settings, make_motion, tmp_path):
+    make_motion((32, 64, 64)).save_pretrained(tmp_path / "motion")
+    code, message = command("--config", settings("refused"), "--model.motion", tmp_path / "motion")
+    assert code == 1 and "(32, 64, 64)" in message
+
+
+def test_a_stack_without_a_feature_net_is_refused(command, settings, stack_folder, tmp_path):
+    shutil.copytree(stack_folder, tmp_path / "stack")
+    (tmp_path / "stack" / "feature_net.safetensors").unlink()
+    code, message = command("--config", settings("refused"), "--model.teacher", tmp_path / "stack")
+    assert code == 1 and "feature_net.safetensors, found no file" in message
+
+
+def test_a_run_folder_in_use_is_refused_by_the_real_command(settings, work, tmp_path):
+    config = settings("used")
+    with RunFolder(work / "used"):
+        process = start(config, tmp_path)
+        output, _ = process.communicate()
+    assert process.returncode == 1
+    assert f"in use by process {os.getpid()}" in output and "Traceback" not in output and len(output.splitlines()) == 1
+
+
+def test_captions_beside_the_videos_serve_too(settings, tmp_path):
+    """Anybody's folder: no rendering, captions in text files, a size of its own."""
+    from training import distill
+
+    clips = list(world.render_split(2, style="plain", held_out=False, seed=0))
+    write_clips(tmp_path / "data", ((clip.frames, clip.content.caption) for clip in clips), world.FPS)
+    (tmp_path / "data" / "captions.jsonl").unlink()
+    for i, clip in enumerate(clips):
+        (tmp_path / "data" / f"{i:05d}.txt").write_text(clip.content.caption)
+    (tmp_path / "data" / "broken.mp4").write_bytes(b"no video")
+    config = load_config(
+        ["--config", str(settings("own", data={"folder": str(tmp_path / "data"), "render": None, "height": 48, "width": 32,
+         "frames": 5}, run={"updates": 1, "folder": str(tmp_path / "run")}, evaluation={"world": None}))]
+    )  # fmt: skip
+    with RunFolder(config.run.folder) as run:
+        path = distill.distil(config, run)
+    info = read_student(path).info
+    assert (info.frames, info.height, info.width) == (5, 48, 32)
+    # No world's oracle can measure it: its clips are shown.
+    assert (path.parent / "clips.png").exists() and not (path.parent / "report.json").exists()

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from avdm2_nodes.diffusion.student_file import StudentInfo, unet_config, weights_hash, write_student
+from training import evaluate
+from training.evaluation.rows import Bench, Method
+
+
+@pytest.fixture(scope="module")
+def student_file(_loaded_stack, tmp_path_factory):
+    """The teacher itself as a student of two steps."""
+    stack, path = _loaded_stack, tmp_path_factory.mktemp("student") / "student.safetensors"
+    info = StudentInfo(
+        title="tiny", date="2026-01-01", license="Apache-2.0", holds="all", timesteps=(999, 499), frames=8, height=64, width=64,
+        unet_config=unet_config(stack.teacher), base_name="tiny", base_hash=weights_hash(stack.image_unet), updates=0,
+        training_config="{}",
+    )  # fmt: skip
+    write_student(path, dict(stack.teacher.named_parameters()), info)
+    return path
+
+
+@pytest.fixture
+def run(stack_folder, student_file, tmp_path, monkeypatch):
+    """run(options): the command on six clips a row, with a short teacher; the folder that it leaves."""
+    full = evaluate.teacher_method
+    monkeypatch.setattr(evaluate, "teacher_method", lambda name, p, s, steps, g: full(name, p, s, min(steps, 2), g))
+
+    def inner(*options):
+        arguments = [
+            "--model",
+            str(stack_folder),
+            "--student",
+            str(student_file),
+            "--clips",
+            "6",
+            "--out",
+            str(tmp_path),
+            *options,
+        ]
+        evaluate.main(arguments)
+        return next(path.parent for path in tmp_path.glob("*/report.json"))
+
+    return inner
+
+
+def test_the_table_has_every_row_and_its_pictures_and_goes_into_a_readme(run, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
+    folder = run("--readme", str(readme))
+    rows = json.loads((folder / "report.json").read_text())["rows"]
+    assert list(rows) == [
+        "real clips (VAE)",
+        "teacher 25 steps, guided",
+        "teacher 4 steps, guided",
+        "teacher 2 steps, guided",
+        "teacher 4 steps, no guidance",
+        *(f"student {n}" for n in ("1 step", "2 steps", "4 steps", "8 steps")),
+    ]
+    assert [rows[f"student {n}"]["evaluations"] for n in ("1 step", "2 steps", "4 steps", "8 steps")] == [1, 2, 4, 8]
+    assert all((folder / name).stat().st_size > 0 for name in ("report.md", "clips.png", "clips.webp", "plot.png"))
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| student 4 steps |" in text
+
+
+def test_rows_that_were_measured_are_not_sampled_again(run, monkeypatch):
+    first = (run() / "report.json").read_text()
+    monkeypatch.setattr(Bench, "sample", lambda *_: pytest.fail("a row was sampled again"))
+    assert (run() / "report.json").read_text() == first
+
+
+def test_a_row_of_several_seeds_is_their_mean_and_range(stack, stack_folder, tmp_path):
+    bench = Bench(stack, evaluate.load_features(stack_folder / "feature_net.safetensors"), 6)
+    table = evaluate.Table(bench, tmp_path)
+    real = [bench.real_clips(draw) for draw in (1, 2)]
+    methods = [Method(f"seed {i}", lambda *_: None, 4) for i in range(2)]
+    bench.sample = lambda method: (real[int(method.name[-1])], 0.25)
+    for i in range(2):
+        table.add(f"alone {i}", lambda i=i: real[i])
+    table.add_runs("both", methods)
+    alone = [table.rows[f"alone {i}"]["jitter"][0] for i in range(2)]
+    assert table.rows["both"]["jitter"] == (pytest.approx(sum(alone) / 2), min(alone), max(alone))
+    assert table.costs["both"] == {"evaluations": 4, "seconds": 0.25}
+    assert "seed 0" not in table.rows
