@@ -40,7 +40,7 @@ from training.evaluation.rows import Bench, Gallery, student_method, teacher_met
 from training.latents import LatentClips
 from training.loop import Distillation, DivergedError, train
 from training.miniature import world
-from training.precision import pick_device
+from training.precision import DeviceError, pick_device
 from training.roles import Roles, build_roles
 from training.run_folder import RunFolder, RunFolderError
 from training.video import VideoError
@@ -50,7 +50,7 @@ logger = logging.getLogger("distill")
 SHOWN = 5  # clips a row of the pictures
 
 EXPECTED_ERRORS = (  # told in their own words
-    CheckpointError, ConfigError, DataError, DivergedError, RunFolderError, StackError, StudentFileError, VideoError
+    CheckpointError, ConfigError, DataError, DeviceError, DivergedError, RunFolderError, StackError, StudentFileError, VideoError
 )  # fmt: skip
 
 

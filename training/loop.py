@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise
-from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
+from avdm2_nodes.diffusion.schedules import IMAGE, TRAIN_TIMESTEPS, VIDEO
 from avdm2_nodes.diffusion.sdm import score_pair, sdm_gradient
 from training.checkpoint import Checkpoints
 from training.config import DistillConfig
@@ -30,7 +30,7 @@ from training.losses import (
 from training.precision import autocast
 from training.randomness import draw_frames, draw_timesteps, keyed_generator, sample_generators
 from training.roles import Roles
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, RunFolderError
 
 logger = logging.getLogger(__name__)
 
@@ -117,11 +117,8 @@ class Distillation:
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
 
-    def autocast(self):
-        return autocast(self.device, self.config.run.precision)
-
-    def noise_like(self, x: Tensor, generators) -> Tensor:
-        return draw_noise(x.shape, generators, self.device)
+    def autocast(self, cache: bool = True):
+        return autocast(self.device, self.config.run.precision, cache)
 
     def make_clips(self, clips: Tensor, text: Tensor, samples: range, step: int) -> Tensor:
         """The student's x0 (B, C, F, h, w) at a step of its own chain, the same for the whole batch."""
@@ -129,73 +126,67 @@ class Distillation:
         timesteps = config.student.steps
         k = torch.randint(len(timesteps), (), generator=keyed_generator(config.run.seed, step, "chain")).item()
         generators = sample_generators(samples, config.run.seed, "student")
-        with self.autocast():
-            noise = self.noise_like(clips, generators)
+        noise = draw_noise(clips.shape, generators, self.device)
+        with self.autocast(cache=False):
             _, x0 = backward_simulation(self.roles.student, noise, text, timesteps, k, generators)
         # x0 = (x_t - sigma eps) / alpha magnifies an error of eps up to 25 times, and its gradient with it.
         alpha, sigma = VIDEO.alpha_sigma(timesteps[k], x0)
         return scale_gradient(x0, min(1.0, (alpha / sigma).item()))
 
-    def pick_frames(self, clips: Tensor, generators) -> Tensor:
-        """(B * K, C, h, w): K random frames of each clip."""
-        chosen = draw_frames(generators, clips.shape[2], self.config.sdm.frames).to(self.device)
-        return clips.transpose(1, 2)[torch.arange(len(clips), device=self.device)[:, None], chosen].flatten(0, 1)
+    def draw_frames(self, made: Made, clips: Tensor, generators, t_min: int, t_max: int) -> tuple[Tensor, ...]:
+        """K random frames of each clip (B * K, C, h, w), and noise, timesteps (B * K,) and text (B * K, L, D) for them."""
+        count = self.config.sdm.frames
+        chosen = draw_frames(generators, clips.shape[2], count).to(self.device)
+        frames = clips.transpose(1, 2)[torch.arange(len(clips), device=self.device)[:, None], chosen]
+        t = torch.stack([draw_timesteps(generators, t_min, t_max) for _ in range(count)], 1).to(self.device)
+        noise = draw_noise(frames.shape, generators, self.device)
+        return frames.flatten(0, 1), noise.flatten(0, 1), t.flatten(), made.text.repeat_interleave(count, 0)
+
+    def diffuse(self, clips: Tensor, generators) -> tuple[Tensor, Tensor]:
+        """(x_t, t): clips diffused to a random timestep of ADM's range."""
+        t = draw_timesteps(generators, self.config.adm.t_min, self.config.adm.t_max).to(self.device)
+        return VIDEO.diffuse(clips, draw_noise(clips.shape, generators, self.device), t), t
+
+    def logits(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        with self.autocast():
+            return self.heads(self.roles.encoder(x_t, t, text))
 
     def sdm(self, made: Made, clips: Tensor) -> Tensor:
         """The student's SDM loss on its clips."""
-        config = self.config.sdm
+        config, roles = self.config.sdm, self.roles
         generators = sample_generators(made.samples, self.config.run.seed, "sdm")
-        frames = self.pick_frames(clips, generators)
-        t = torch.stack([draw_timesteps(generators, config.t_min, config.t_max) for _ in range(config.frames)], 1)
-        t = t.flatten().to(self.device)
-        noise = draw_noise((len(made.samples), config.frames, *frames.shape[1:]), generators, self.device).flatten(0, 1)
-        text = made.text.repeat_interleave(config.frames, 0)
+        frames, noise, t, text = self.draw_frames(made, clips, generators, config.t_min, config.t_max)
         with self.autocast():
             fake_x0, real_x0 = score_pair(
-                frames.detach(), noise, t, text, self.empty_text, self.roles.real_score, self.roles.fake_score, config.guidance
+                frames.detach(), noise, t, text, self.empty_text, roles.real_score, roles.fake_score, config.guidance
             )
         return sdm_loss(frames, sdm_gradient(frames.detach(), fake_x0, real_x0))
 
     def adm(self, made: Made, clips: Tensor) -> Tensor:
         """The student's ADM loss on its clips; the gradient flows through the frozen encoder."""
         generators = sample_generators(made.samples, self.config.run.seed, "adm")
-        return adm_student_loss(self.logits(clips, made.text, generators))
-
-    def logits(self, clips: Tensor, text: Tensor, generators, perturb: float = 0.0) -> Tensor:
-        """The discriminator's logits on clips diffused to a random t; `perturb` > 0 gives (logits, those of perturbed x_t)."""
-        config = self.config.adm
-        t = draw_timesteps(generators, config.t_min, config.t_max).to(self.device)
-        x_t = VIDEO.diffuse(clips, self.noise_like(clips, generators), t)
-        with self.autocast():
-            logits = self.heads(self.roles.encoder(x_t, t, text))
-            if perturb == 0:
-                return logits
-            near = x_t + perturb * self.noise_like(clips, generators)
-            return logits, self.heads(self.roles.encoder(near, t, text))
+        return adm_student_loss(self.logits(*self.diffuse(clips, generators), made.text))
 
     def fake_loss(self, made: Made, turn: int) -> Tensor:
         """The fake score's denoising loss on frames of the student's clips."""
-        config = self.config.sdm
         generators = sample_generators(made.samples, self.config.run.seed, "fake", turn)
-        frames = self.pick_frames(made.fake, generators)
-        t = torch.stack([draw_timesteps(generators, 0, 999) for _ in range(config.frames)], 1).flatten().to(self.device)
-        noise = draw_noise((len(made.samples), config.frames, *frames.shape[1:]), generators, self.device).flatten(0, 1)
+        frames, noise, t, text = self.draw_frames(made, made.fake, generators, 0, TRAIN_TIMESTEPS - 1)
         with self.autocast():
-            eps = self.roles.fake_score(IMAGE.diffuse(frames, noise, t), t, made.text.repeat_interleave(config.frames, 0))
-        return denoising_loss(eps, noise)
+            return denoising_loss(self.roles.fake_score(IMAGE.diffuse(frames, noise, t), t, text), noise)
 
     def critic_loss(self, made: Made, turn: int) -> Tensor:
         """The discriminator's loss; real and student clips have the same captions, and noise and t of their own."""
-        config = self.config.adm
-        seed = self.config.run.seed
+        config, seed = self.config.adm, self.config.run.seed
         fake = sample_generators(made.samples, seed, "critic fake", turn)
         real = sample_generators(made.samples, seed, "critic real", turn)
-        fake_logits = self.logits(made.fake, made.text, fake)
-        if config.r1_weight == 0:
-            return adm_discriminator_loss(fake_logits, self.logits(made.real, made.text, real))
-        real_logits, near_logits = self.logits(made.real, made.text, real, config.r1_sigma)
-        penalty = approximate_r1(real_logits, near_logits, config.r1_sigma)
-        return adm_discriminator_loss(fake_logits, real_logits) + config.r1_weight * penalty
+        fake_logits = self.logits(*self.diffuse(made.fake, fake), made.text)
+        x_t, t = self.diffuse(made.real, real)
+        real_logits = self.logits(x_t, t, made.text)
+        loss = adm_discriminator_loss(fake_logits, real_logits)
+        if config.r1_weight > 0:
+            near = x_t + config.r1_sigma * draw_noise(x_t.shape, real, self.device)
+            loss = loss + config.r1_weight * approximate_r1(real_logits, self.logits(near, t, made.text), config.r1_sigma)
+        return loss
 
     def update(self, step: int, data: LatentClips) -> dict[str, float]:
         """One step: the student's update with the critics as they stand, then theirs on the clips that it made.
@@ -270,10 +261,15 @@ def train(
     if found:
         start, state = found
         seconds = state.pop("seconds")
+    total = config.critic_warmup + config.run.updates
+    if start > total:
+        raise RunFolderError(
+            f"Expected at most {config.run.updates} updates in {run.path}, found {start - config.critic_warmup}; "
+            "raise --run.updates, or name another folder with --run.folder."
+        )
     run.start(config, start)  # refuses settings that the checkpoint does not fit
     if found:
         distillation.load_state_dict(state)
-    total = config.critic_warmup + config.run.updates
     began = time.monotonic() - seconds
     with tqdm(total=total, initial=start, desc="distilling", unit="update") as bar:
         for step in range(start, total):

@@ -5,9 +5,19 @@ import contextlib
 import torch
 
 
+class DeviceError(ValueError):
+    """A device that this machine does not have; the message is one sentence."""
+
+
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device; `auto` is CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+    """The named device; `auto` is CUDA where there is one, else the CPU. DeviceError for one that is not there."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if found else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise DeviceError(f"Expected the device {name}, found {found} CUDA devices; choose another, or auto.")
+    return device
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -17,8 +27,12 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def autocast(device: torch.device, precision: str = "auto"):
-    """A context for forward passes: bf16 autocast over float32 weights, or plain float32 (`auto` picks by `has_bf16`)."""
+def autocast(device: torch.device, precision: str = "auto", cache: bool = True):
+    """A context for forward passes: bf16 autocast over float32 weights, or plain float32 (`auto` picks by `has_bf16`).
+
+    Without `cache` weights are cast at each use: needed where passes with and without gradient stand in one context, since some
+    versions of torch hand the one the weights that were cast, without gradient, for the other.
+    """
     if precision == "bf16" or (precision == "auto" and has_bf16(device)):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)
     return contextlib.nullcontext()

@@ -6,6 +6,7 @@ frozen base. The numbers are the same; the memory is not.
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from avdm2_nodes.diffusion.stack import Stack
+from avdm2_nodes.diffusion.stack import Stack, StackError
 from avdm2_nodes.diffusion.unets import (
     Predictor,
     encoder_features,
@@ -66,7 +67,9 @@ class Adapters:
     def add(self, unet: UNet2DConditionModel, name: str, rank: int, seed: int) -> dict[str, nn.Parameter]:
         """Injects adapter `name` into the layers of an image UNet (and of whichever UNet shares them); its weights by name."""
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_LORA_TARGETS)
-        inject_adapter_in_model(config, unet, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is what is wanted
+            inject_adapter_in_model(config, unet, adapter_name=name)
         self.layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
         marker, generator = f".{name}.weight", keyed_generator(seed, "lora", name)
         weights = {key.replace(marker, ".weight"): p for key, p in unet.named_parameters() if key.endswith(marker)}
@@ -119,9 +122,16 @@ def build_roles(
 
     `train`: "all" weights of student and fake score, each a copy; "motion" modules only, or "motion+lora": motion modules and
     LoRA on the spatial layers; with both the fake score is a LoRA on the real score. `share_base` puts those adapters on one copy of
-    the spatial weights. Raises ValueError for share_base with "all".
+    the spatial weights. Raises ValueError for share_base with "all", StackError for a score UNet of other latents or texts.
     """
     score_unet = score_unet or stack.image_unet
+    for key in ("in_channels", "cross_attention_dim"):
+        expected, found = stack.image_unet.config[key], score_unet.config[key]
+        if expected != found:
+            raise StackError(
+                f"Expected a score UNet with {key} {expected}, as the teacher's image UNet has, found {found}; "
+                "choose one of the same latent space and text encoder."
+            )
     if train == "all":
         if share_base:
             raise ValueError(

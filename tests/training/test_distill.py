@@ -123,19 +123,20 @@ def test_an_exported_student_is_the_student_that_was_trained(
 ):
     config = load_config(["--config", str(settings("exported", model={"train": train, "share_base": share_base}))])
     run = make_distillation(stack, config)
-    run.update(0, random_clips)
-    for step in range(1, 3):
+    for step in range(3):
         run.update(step, random_clips)
     with RunFolder(tmp_path) as folder:
         path = export(config, folder, stack, run.roles, None)
     unet = student_unet(read_student(path), stack.image_unet)
     x, text = random_clips.batch([0])
     with torch.no_grad():
+        for weight in run.roles.student_weights.values():
+            weight.copy_(weight.half())  # as the file has them
         want = run.roles.student(x, torch.tensor([500]), text)
         got = video_predictor(unet)(x, torch.tensor([500]), text)
         teacher = run.roles.teacher(x, torch.tensor([500]), text)
-    assert (want - teacher).abs().max() > 1e-2
-    torch.testing.assert_close(got, want, rtol=1e-2, atol=5e-3)  # it was rounded to float16
+    assert (want - teacher).abs().max() > 1e-3
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_second_start_of_a_finished_run_trains_no_more(finished, settings):
@@ -152,13 +153,14 @@ def test_a_second_start_of_a_finished_run_trains_no_more(finished, settings):
 # ---- killed at any moment ----
 
 
-def kill_when(process, condition, limit=300):
-    """Waits until the condition holds and kills the process, which must still be running."""
+def kill_when(process, condition, limit=300, delay=0.0):
+    """Waits until the condition holds, and a little longer, and kills the process, which must still be running."""
     end = time.monotonic() + limit
     while not condition():
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < end
         time.sleep(0.01)
+    time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -177,10 +179,9 @@ def test_a_run_that_was_killed_thrice_ends_bitwise_as_one_that_was_not(finished,
     for moment in (
         lambda: any(checkpoints.glob(".*.tmp")) or len(stats(folder)) >= 1,  # the first checkpoint is being written
         lambda: len(stats(folder)) >= 3,
-        lambda: len(stats(folder)) >= 4 and any(checkpoints.glob("step-00000004*")),  # trained, but not yet exported
+        lambda: len(stats(folder)) >= 4,  # the last update is done, its checkpoint and all that follows are not
     ):
         kill_when(start(config, work), moment)
-        assert not (folder / "student.safetensors").exists()
     process = start(config, work)
     output, _ = process.communicate()
     assert process.returncode == 0, output
@@ -196,7 +197,7 @@ def test_twenty_kills_at_random_moments(settings, work):
     config, folder, rng = settings("long-killed", **long), work / "long-killed", random.Random(0)
     for target in sorted(rng.sample(range(61), 20)):
         process = start(config, work)
-        kill_when(process, lambda target=target: len(stats(folder)) >= target, limit=1200)
+        kill_when(process, lambda target=target: len(stats(folder)) >= target, 1200, rng.uniform(0, 0.5))
         print(f"killed after line {target} of 61, at checkpoint {len(list((folder / 'checkpoints').glob('step-*')))}")
     assert start(config, work).wait() == 0
     assert_same_student(folder, work / "long")

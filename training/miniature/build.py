@@ -1,13 +1,16 @@
 """Builds the miniature from nothing: clips, autoencoder, image models in two styles, motion modules and the feature net.
 
-Every stage is deterministic from the seed, goes on where it stopped, and is skipped when its result stands. Work in progress
-(clips, checkpoints, logs) lies in `runs/build-miniature`; results go to the stack's folder in the diffusers layout.
+A stage is trained in rounds, cosine annealing with warm restarts (SGDR, arXiv 1608.03983): each round but the first begins with
+the weights that the one before left in the stack. A round is deterministic from the seed and those weights, goes on where it stopped,
+and is passed over when it is done. Work in progress (clips, checkpoints, logs) lies in `runs/build-miniature`; results go to the
+stack's folder in the diffusers layout.
 """
 
 import argparse
 import json
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
-from avdm2_nodes.diffusion.stack import decode_clips, encode_clips, load_stack, load_vae
+from avdm2_nodes.diffusion.stack import decode_clips, encode_clips, load_image_unet, load_motion, load_stack, load_vae
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor, video_unet
 from training.checkpoint import write_atomically
 from training.data import ClipFolder, needs_clips, write_clips
@@ -34,6 +37,34 @@ CPU = torch.device("cpu")
 CLIPS = {"plain": 4096, "neon": 3072}
 FEATURE_CLIPS = {False: 1741, True: 307}  # of each style, for the feature net: seen and held-out combinations
 CAPTION_DROP = 0.1  # share of captions replaced by the empty one, which guidance needs (Ho & Salimans, arXiv 2207.12598)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a stage: how long it trains, and the folders it works in and leaves its weights in."""
+
+    stage: str
+    number: int  # from 0
+    steps: int
+    lr: float
+    seed: int
+    work: Path
+    stack: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.number + 1}"
+
+    @property
+    def again(self) -> bool:
+        """True where the stack holds the weights of a round before."""
+        return self.number > 0
+
+    def train(self, module: nn.Module, losses, optimisers: list[torch.optim.Optimizer], ema_decay: float) -> dict:
+        """Trains what of `module` requires a gradient and leaves the averaged weights in it; the run's figures."""
+        module.train()
+        options = {"steps": self.steps, "seed": self.seed, "ema_decay": ema_decay}
+        return run_stage(self.name, self.work, module, losses, optimisers=optimisers, **options)
 
 
 def render_clips(folder: Path, style: str, count: int, seed: int) -> None:
@@ -54,11 +85,12 @@ def to_images(frames: Tensor) -> Tensor:
     return (frames.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def build_vae(work: Path, stack: Path, steps: int, seed: int) -> dict:
+def build_vae(turn: Round) -> dict:
     """The autoencoder, on frames of both styles: crops first, which are the cheaper teacher, then whole frames."""
+    work, stack, steps = turn.work, turn.stack, turn.steps
     frames = all_frames(work)
-    torch.manual_seed(seed)
-    vae = new_vae()
+    torch.manual_seed(turn.seed)
+    vae = load_vae(stack / "vae").requires_grad_(True) if turn.again else new_vae()
     crops_until = int(steps * 0.85)
 
     def losses(step: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -70,9 +102,9 @@ def build_vae(work: Path, stack: Path, steps: int, seed: int) -> dict:
         with autocast(CPU):
             return vae_losses(vae, images, generator)
 
-    figures = run_stage(
-        "vae", work, vae, losses, optimisers=muon_and_adamw(vae, lr=2e-3), steps=steps, seed=seed, ema_decay=0.995
-    )
+    kernels, biases = [p for p in vae.parameters() if p.ndim > 1], [p for p in vae.parameters() if p.ndim == 1]
+    optimisers = [KernelMuon(kernels, lr=turn.lr), adamw(biases, lr=turn.lr / 2, weight_decay=0.0)]
+    figures = turn.train(vae, losses, optimisers, ema_decay=0.995)
     with torch.no_grad(), autocast(CPU):
         latents = torch.cat([vae.encode(part).latents for part in to_images(probe_of(frames)).split(64)]).float()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
@@ -80,9 +112,9 @@ def build_vae(work: Path, stack: Path, steps: int, seed: int) -> dict:
     return figures | {"scaling_factor": vae.config.scaling_factor, "psnr_db": psnr(stack, frames)}
 
 
-def build_decoder(work: Path, stack: Path, steps: int, seed: int) -> dict:
+def build_decoder(turn: Round) -> dict:
     """The decoder alone, longer: the latents stay what they are, so that the models trained on them stay right."""
-    frames = all_frames(work)
+    stack, frames = turn.stack, all_frames(turn.work)
     vae = load_vae(stack / "vae")
     vae.decoder.requires_grad_(True)
 
@@ -91,8 +123,7 @@ def build_decoder(work: Path, stack: Path, steps: int, seed: int) -> dict:
         with autocast(CPU):
             return vae_losses(vae, images, generator)
 
-    optimisers = muon_and_adamw(vae.decoder, lr=1e-3)
-    figures = run_stage("decoder", work, vae, losses, optimisers=optimisers, steps=steps, seed=seed, ema_decay=0.995)
+    figures = turn.train(vae, losses, muon_and_adamw(vae.decoder, lr=turn.lr), ema_decay=0.995)
     vae.half().save_pretrained(stack / "vae")
     return figures | {"psnr_db": psnr(stack, frames)}
 
@@ -103,7 +134,7 @@ def all_frames(work: Path) -> Tensor:
 
 
 def probe_of(frames: Tensor) -> Tensor:
-    return frames[:: len(frames) // 512]
+    return frames[:: max(1, len(frames) // 512)]
 
 
 def psnr(stack: Path, frames: Tensor) -> float:
@@ -160,43 +191,47 @@ def image_losses(latents: Tensor, captions: list[str], encode_text, unet, batch:
     return losses
 
 
-def build_image(work: Path, stack: Path, steps: int, seed: int) -> dict:
+def build_image(turn: Round) -> dict:
     """Text encoder and image UNet, trained together on plain frames."""
-    latents, captions = encoded_clips(work, stack, "plain")
-    tokenizer = write_tokenizer(stack / "tokenizer", [content.caption for content in world.all_contents()])
-    torch.manual_seed(seed)
-    both = nn.ModuleDict({"text": new_text_encoder(tokenizer), "unet": new_image_unet()})
+    stack = turn.stack
+    latents, captions = encoded_clips(turn.work, stack, "plain")
+    if turn.again:
+        parts = load_stack(stack, with_motion=False)
+        tokenizer, text_encoder, unet = parts.tokenizer, parts.text_encoder, parts.image_unet
+    else:
+        tokenizer = write_tokenizer(stack / "tokenizer", [content.caption for content in world.all_contents()])
+        torch.manual_seed(turn.seed)
+        text_encoder, unet = new_text_encoder(tokenizer), new_image_unet()
+    both = nn.ModuleDict({"text": text_encoder, "unet": unet}).requires_grad_(True)
 
     def encode_text(texts: list[str]) -> Tensor:
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
         return both["text"](tokens.input_ids).last_hidden_state
 
-    losses = image_losses(latents, captions, encode_text, both["unet"])
-    optimisers = muon_and_adamw(both["unet"], both["text"], lr=1.5e-3)
-    figures = run_stage("image", work, both, losses, optimisers=optimisers, steps=steps, seed=seed, ema_decay=0.998)
-    both["text"].half().save_pretrained(stack / "text_encoder")
-    both["unet"].half().save_pretrained(stack / "unet")
+    losses = image_losses(latents, captions, encode_text, unet)
+    figures = turn.train(both, losses, muon_and_adamw(unet, text_encoder, lr=turn.lr), ema_decay=0.998)
+    text_encoder.half().save_pretrained(stack / "text_encoder")
+    unet.half().save_pretrained(stack / "unet")
     return figures
 
 
-def build_style(work: Path, stack: Path, steps: int, seed: int) -> dict:
+def build_style(turn: Round) -> dict:
     """A second image UNet, fine-tuned from the plain one to the neon style; it reads the same text encoder."""
-    latents, captions = encoded_clips(work, stack, "neon")
-    parts = load_stack(stack, with_motion=False)
-    unet = parts.image_unet.requires_grad_(True)
+    latents, captions = encoded_clips(turn.work, turn.stack, "neon")
+    parts, folder = load_stack(turn.stack, with_motion=False), turn.stack / "styles" / "neon"
+    unet = (load_image_unet(folder) if turn.again else parts.image_unet).requires_grad_(True)
     losses = image_losses(latents, captions, parts.encode_text, unet)
-    optimisers = muon_and_adamw(unet, lr=7e-4)
-    figures = run_stage("style", work, unet, losses, optimisers=optimisers, steps=steps, seed=seed, ema_decay=0.998)
-    unet.half().save_pretrained(stack / "styles" / "neon")
+    figures = turn.train(unet, losses, muon_and_adamw(unet, lr=turn.lr), ema_decay=0.998)
+    unet.half().save_pretrained(folder)
     return figures
 
 
-def build_motion(work: Path, stack: Path, steps: int, seed: int, batch: int = 16) -> dict:
+def build_motion(turn: Round, batch: int = 16) -> dict:
     """Motion modules in the frozen image UNet, on the video schedule, as AnimateDiff (arXiv 2307.04725) is trained."""
-    latents, captions = encoded_clips(work, stack, "plain")
-    parts = load_stack(stack, with_motion=False)
-    torch.manual_seed(seed)
-    unet = video_unet(parts.image_unet, new_motion_adapter()).requires_grad_(False)
+    latents, captions = encoded_clips(turn.work, turn.stack, "plain")
+    parts = load_stack(turn.stack, with_motion=turn.again)
+    torch.manual_seed(turn.seed)
+    unet = video_unet(parts.image_unet, parts.motion or new_motion_adapter()).requires_grad_(False)
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_("motion_modules" in name)
     predict = video_predictor(unet)
@@ -219,18 +254,19 @@ def build_motion(work: Path, stack: Path, steps: int, seed: int, batch: int = 16
         error = (eps - noise).square()
         return {"loss": (error * (sigma / alpha).clamp(0.5, 6)).mean(), "mse": error.mean()}
 
-    optimisers = muon_and_adamw(unet, lr=1e-3)
-    figures = run_stage("motion", work, unet, losses, optimisers=optimisers, steps=steps, seed=seed, ema_decay=0.995)
-    unet.half().save_motion_modules(stack / "motion_adapter")
+    figures = turn.train(unet, losses, muon_and_adamw(unet, lr=turn.lr), ema_decay=0.995)
+    folder = turn.stack / "motion_adapter"
+    unet.save_motion_modules(folder)
+    load_motion(folder).half().save_pretrained(folder)  # save_motion_modules itself writes float32
     return figures
 
 
-def build_features(work: Path, stack: Path, steps: int, seed: int, batch: int = 16) -> dict:
+def build_features(turn: Round, batch: int = 16) -> dict:
     """The feature net of the evaluation, on rendered clips of both styles and of all combinations; it never sees the VAE."""
     clips, styles = [], []
     for style in world.STYLES:
         for held_out, count in FEATURE_CLIPS.items():
-            clips += world.render_split(count, style=style, held_out=held_out, seed=seed + 1)
+            clips += world.render_split(count, style=style, held_out=held_out, seed=turn.seed + 1)
             styles += [style] * count
     frames = torch.from_numpy(np.stack([clip.frames for clip in clips]))
     targets = feature_net.targets_of(
@@ -239,8 +275,10 @@ def build_features(work: Path, stack: Path, steps: int, seed: int, batch: int = 
         np.stack([clip.velocity for clip in clips]),
         np.stack([clip.centres for clip in clips]),
     )
-    torch.manual_seed(seed)
-    net = feature_net.VideoFeatures().train()
+    torch.manual_seed(turn.seed)
+    path = turn.stack / "feature_net.safetensors"
+    net = feature_net.load_features(path).requires_grad_(True) if turn.again else feature_net.VideoFeatures()
+    net.train()
 
     def losses(step: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(frames), (batch,), generator=generator)
@@ -250,13 +288,11 @@ def build_features(work: Path, stack: Path, steps: int, seed: int, batch: int = 
             )
         return {"total": terms.pop("total"), **terms}
 
-    figures = run_stage(
-        "features", work, net, losses, optimisers=[adamw(net.parameters(), lr=2e-3)], steps=steps, seed=seed, ema_decay=0.99
-    )
+    figures = turn.train(net, losses, [adamw(net.parameters(), lr=turn.lr)], ema_decay=0.99)
     net.eval()
-    feature_net.save_features(net, stack / "feature_net.safetensors")
+    feature_net.save_features(net, path)
     probe = [
-        world.render(c, "plain", np.random.default_rng([seed, 9, i]))
+        world.render(c, "plain", np.random.default_rng([turn.seed, 9, i]))
         for i, c in enumerate(world.draw_contents(256, held_out=True, seed=9))
     ]
     truth = feature_net.targets_of(
@@ -269,23 +305,22 @@ def build_features(work: Path, stack: Path, steps: int, seed: int, batch: int = 
     return figures | {name: round(value, 4) for name, value in scores.items()}
 
 
-# Stage -> (its function, training steps). In this order: each needs the results of those before it.
+# Stage -> (its function, training steps and learning rate of each round). In this order: each needs the results of those before it.
 STAGES = {
-    "vae": (build_vae, 4500),
-    "image": (build_image, 3600),
-    "motion": (build_motion, 1000),
-    "style": (build_style, 2000),
-    "decoder": (build_decoder, 2000),
-    "features": (build_features, 3000),
+    "vae": (build_vae, [(4500, 2e-3)]),
+    "image": (build_image, [(3600, 1.5e-3), (2000, 1.5e-3)]),
+    "motion": (build_motion, [(1000, 1e-3), (900, 3e-3)]),
+    "style": (build_style, [(2000, 7e-4)]),
+    "decoder": (build_decoder, [(2000, 1e-3)]),
+    "features": (build_features, [(3000, 2e-3)]),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Builds the miniature stack; stages that are done are passed over.")
+    parser = argparse.ArgumentParser(description="Builds the miniature stack; rounds that are done are passed over.")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="only these")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "build-miniature", help="clips, checkpoints and logs")
     parser.add_argument("--stack", type=Path, default=ROOT / "miniature", help="where the stack is written")
-    parser.add_argument("--steps", type=int, help="training steps in place of the stage's own number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads")
     args = parser.parse_args(argv)
@@ -293,25 +328,27 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     for style, count in CLIPS.items():
         render_clips(args.work / "clips" / style, style, count, args.seed)
-    for name in args.stages:
-        build, steps = STAGES[name]
-        log = args.stack / "build.json"
-        if name in recorded(log):
-            logger.info("Stage %s is done, as %s says.", name, log)
-            continue
-        figures = build(args.work, args.stack, args.steps or steps, args.seed)
-        logger.info("Stage %s: %s", name, figures)
-        (args.stack / "logs").mkdir(exist_ok=True)
-        shutil.copy(args.work / name / "log.jsonl", args.stack / "logs" / f"{name}.jsonl")
-        record(log, name, figures | {"seed": args.seed, "threads": torch.get_num_threads()})
+    for stage in args.stages:
+        build, rounds = STAGES[stage]
+        for number, (steps, lr) in enumerate(rounds):
+            turn = Round(stage, number, steps, lr, args.seed, args.work, args.stack)
+            log = args.stack / "build.json"
+            if turn.name in recorded(log):
+                logger.info("%s is done, as %s says.", turn.name, log)
+                continue
+            figures = build(turn)
+            logger.info("%s: %s", turn.name, figures)
+            (args.stack / "logs").mkdir(exist_ok=True)
+            shutil.copy(args.work / turn.name / "log.jsonl", args.stack / "logs" / f"{turn.name}.jsonl")
+            record(log, turn.name, figures | {"seed": args.seed, "threads": torch.get_num_threads()})
 
 
 def recorded(path: Path) -> dict:
-    """The figures of the stages that are done."""
+    """The figures of the rounds that are done."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def record(path: Path, stage: str, figures: dict) -> None:
-    """Adds a stage's figures to the stack's record of its own making."""
-    log = recorded(path) | {stage: figures | {"torch": torch.__version__}}
+def record(path: Path, name: str, figures: dict) -> None:
+    """Adds a round's figures to the stack's record of its own making."""
+    log = recorded(path) | {name: figures | {"torch": torch.__version__}}
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(log, indent=1) + "\n"))

@@ -17,7 +17,10 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_tokenizer(folder: Path, captions: list[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges build each word of the captions whole; other words fall to byte pieces, never to unknown."""
+    """A CLIP tokenizer with merges for the words of the captions; other words fall to byte pieces, never to unknown.
+
+    As in CLIP's own, a word is one token or a few: where one word's merges fire within another, that one stays in pieces.
+    """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     alphabet = list(bytes_to_unicode().values())

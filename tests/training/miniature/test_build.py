@@ -15,9 +15,10 @@ def small(monkeypatch):
 
 
 def run(tmp_path, *stages, steps=2):
-    build.main(
-        ["--work", str(tmp_path / "work"), "--stack", str(tmp_path / "stack"), "--steps", str(steps), "--stages", *stages]
-    )
+    rounds = {stage: (make, [(steps, lr) for _, lr in rounds]) for stage, (make, rounds) in build.STAGES.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "STAGES", rounds)
+        build.main(["--work", str(tmp_path / "work"), "--stack", str(tmp_path / "stack"), "--stages", *stages])
     return tmp_path / "stack"
 
 
@@ -31,7 +32,9 @@ def test_every_stage_runs_and_the_stack_loads_whole(tmp_path, small, monkeypatch
     assert not loaded.teacher.config.use_motion_mid_block
     assert load_features(stack / "feature_net.safetensors").config.features == 96
     assert (stack / "styles" / "neon" / "config.json").exists()
-    assert set(json.loads((stack / "build.json").read_text())) == set(build.STAGES)
+    rounds = {f"{stage}-{i + 1}" for stage, (_, rounds) in build.STAGES.items() for i in range(len(rounds))}
+    assert set(json.loads((stack / "build.json").read_text())) == rounds
+    assert {path.stem for path in (stack / "logs").iterdir()} == rounds
     halves = [f for f in stack.rglob("*.safetensors") if any(t.dtype == torch.float32 for t in load_file(f).values())]
     assert not halves, "weights ship in half precision"
 
@@ -61,7 +64,7 @@ def test_a_stage_that_stopped_goes_on_to_the_same_weights(tmp_path, small, monke
 
 def test_a_stage_that_is_done_is_passed_over(tmp_path, small, monkeypatch):
     run(tmp_path, "vae", steps=1)
-    monkeypatch.setitem(build.STAGES, "vae", (lambda *_: pytest.fail("the stage ran again"), 1))
+    monkeypatch.setitem(build.STAGES, "vae", (lambda *_: pytest.fail("the stage ran again"), [(1, 1e-3)]))
     run(tmp_path, "vae", steps=1)
 
 
