@@ -67,6 +67,14 @@ class Round:
         return run_stage(self.name, self.work, module, losses, optimisers=optimisers, **options)
 
 
+def save_half(module: nn.Module, folder: Path) -> None:
+    """Writes a part of the stack as float16, without the path that it was loaded from."""
+    module.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def render_clips(folder: Path, style: str, count: int, seed: int) -> None:
     """Renders `count` training clips of a style into a folder of videos with captions, unless they stand there."""
     if needs_clips(folder):
@@ -108,7 +116,7 @@ def build_vae(turn: Round) -> dict:
     with torch.no_grad(), autocast(CPU):
         latents = torch.cat([vae.encode(part).latents for part in to_images(probe_of(frames)).split(64)]).float()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    vae.half().save_pretrained(stack / "vae")
+    save_half(vae, stack / "vae")
     return figures | {"scaling_factor": vae.config.scaling_factor, "psnr_db": psnr(stack, frames)}
 
 
@@ -124,7 +132,7 @@ def build_decoder(turn: Round) -> dict:
             return vae_losses(vae, images, generator)
 
     figures = turn.train(vae, losses, muon_and_adamw(vae.decoder, lr=turn.lr), ema_decay=0.995)
-    vae.half().save_pretrained(stack / "vae")
+    save_half(vae, stack / "vae")
     return figures | {"psnr_db": psnr(stack, frames)}
 
 
@@ -210,8 +218,8 @@ def build_image(turn: Round) -> dict:
 
     losses = image_losses(latents, captions, encode_text, unet)
     figures = turn.train(both, losses, muon_and_adamw(unet, text_encoder, lr=turn.lr), ema_decay=0.998)
-    text_encoder.half().save_pretrained(stack / "text_encoder")
-    unet.half().save_pretrained(stack / "unet")
+    save_half(text_encoder, stack / "text_encoder")
+    save_half(unet, stack / "unet")
     return figures
 
 
@@ -222,7 +230,7 @@ def build_style(turn: Round) -> dict:
     unet = (load_image_unet(folder) if turn.again else parts.image_unet).requires_grad_(True)
     losses = image_losses(latents, captions, parts.encode_text, unet)
     figures = turn.train(unet, losses, muon_and_adamw(unet, lr=turn.lr), ema_decay=0.998)
-    unet.half().save_pretrained(folder)
+    save_half(unet, folder)
     return figures
 
 
@@ -257,7 +265,7 @@ def build_motion(turn: Round, batch: int = 16) -> dict:
     figures = turn.train(unet, losses, muon_and_adamw(unet, lr=turn.lr), ema_decay=0.995)
     folder = turn.stack / "motion_adapter"
     unet.save_motion_modules(folder)
-    load_motion(folder).half().save_pretrained(folder)  # save_motion_modules itself writes float32
+    save_half(load_motion(folder), folder)  # save_motion_modules itself writes float32
     return figures
 
 
@@ -309,7 +317,7 @@ def build_features(turn: Round, batch: int = 16) -> dict:
 STAGES = {
     "vae": (build_vae, [(4500, 2e-3)]),
     "image": (build_image, [(3600, 1.5e-3), (2000, 1.5e-3)]),
-    "motion": (build_motion, [(1000, 1e-3), (900, 3e-3)]),
+    "motion": (build_motion, [(1000, 1e-3), (3000, 3e-3)]),
     "style": (build_style, [(2000, 7e-4)]),
     "decoder": (build_decoder, [(2000, 1e-3)]),
     "features": (build_features, [(3000, 2e-3)]),

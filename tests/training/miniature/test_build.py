@@ -37,6 +37,7 @@ def test_every_stage_runs_and_the_stack_loads_whole(tmp_path, small, monkeypatch
     assert {path.stem for path in (stack / "logs").iterdir()} == rounds
     halves = [f for f in stack.rglob("*.safetensors") if any(t.dtype == torch.float32 for t in load_file(f).values())]
     assert not halves, "weights ship in half precision"
+    assert not [f for f in stack.rglob("*.json") if str(tmp_path) in f.read_text()], "no path of a machine ships"
 
 
 def test_a_stage_that_stopped_goes_on_to_the_same_weights(tmp_path, small, monkeypatch):
