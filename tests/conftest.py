@@ -10,11 +10,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from avdm2_nodes.diffusion.stack import load_stack
 from training.config import from_yaml
 from training.discriminator import DiscriminatorHeads
+from training.distill import new_roles
 from training.evaluation.feature_net import FeatureConfig, VideoFeatures, save_features
 from training.loop import Distillation
 from training.miniature import world
 from training.miniature.models import write_tokenizer
-from training.roles import build_roles
 
 torch.set_num_threads(1)
 
@@ -111,15 +111,7 @@ def make_distillation():
     """make_distillation(stack, config): a run's state on that stack, its discriminator heads narrow."""
 
     def make(stack, config, score_unet=None):
-        roles = build_roles(
-            stack,
-            train=config.model.train,
-            score_unet=score_unet,
-            share_base=config.model.share_base,
-            lora_rank=config.model.lora_rank,
-            gradient_checkpointing=config.model.gradient_checkpointing,
-            seed=config.run.seed,
-        )
+        roles = new_roles(config, stack, score_unet)
         torch.manual_seed(0)
         heads = DiscriminatorHeads(list(WIDTHS), 16)
         return Distillation(config, roles, heads, torch.zeros(1, TOKENS, TEXT_WIDTH), torch.device("cpu"))

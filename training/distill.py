@@ -15,6 +15,7 @@ import logging
 from datetime import UTC, datetime
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch.utils.tensorboard import SummaryWriter
 
 from avdm2_nodes.diffusion.stack import Stack, StackError, load_image_unet, load_stack
@@ -71,15 +72,7 @@ def distil(config: DistillConfig, run: RunFolder, report: bool = True) -> Path:
     if config.data.render and needs_clips(config.data.folder):
         render_clips(config)
     clips = ClipFolder(config.data.folder, config.data.frames, config.data.height, config.data.width, config.data.stride)
-    roles = build_roles(
-        stack,
-        train=config.model.train,
-        score_unet=score_unet,
-        share_base=config.model.share_base,
-        lora_rank=config.model.lora_rank,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        seed=config.run.seed,
-    ).to(device)
+    roles = new_roles(config, stack, score_unet).to(device)
     for part in (stack.vae, stack.text_encoder):
         part.to(device)
     data = LatentClips(clips, stack, device, config.run.precision)
@@ -117,6 +110,19 @@ def render_clips(config: DistillConfig) -> None:
     clips = world.render_split(config.data.render, style="plain", held_out=False, seed=config.run.seed)
     frames = ((clip.frames, clip.content.caption) for clip in clips)
     write_clips(config.data.folder, tqdm(frames, "rendering clips", config.data.render), world.FPS)
+
+
+def new_roles(config: DistillConfig, stack: Stack, score_unet: UNet2DConditionModel | None) -> Roles:
+    """The networks that a run's settings ask for."""
+    return build_roles(
+        stack,
+        train=config.model.train,
+        score_unet=score_unet,
+        share_base=config.model.share_base,
+        lora_rank=config.model.lora_rank,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        seed=config.run.seed,
+    )
 
 
 def new_heads(config: DistillConfig, stack: Stack, data: LatentClips) -> DiscriminatorHeads:

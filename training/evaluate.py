@@ -20,13 +20,13 @@ from datetime import UTC, datetime
 import numpy as np
 import torch
 
-from avdm2_nodes.diffusion.stack import Stack, StackError, load_stack
-from avdm2_nodes.diffusion.student_file import StudentFileError, read_student, student_timesteps, student_unet
+from avdm2_nodes.diffusion.stack import Stack, load_stack
+from avdm2_nodes.diffusion.student_file import read_student, student_timesteps, student_unet
 from avdm2_nodes.diffusion.unets import video_predictor
 from training import console
 from training.config import ROOT, load_config
-from training.distill import distil
-from training.evaluation.feature_net import content_hash, load_features
+from training.distill import EXPECTED_ERRORS, distil, feature_net
+from training.evaluation.feature_net import content_hash
 from training.evaluation.measure import BETTER, Figure
 from training.evaluation.pictures import animated, contact_sheet, plot_table
 from training.evaluation.report import markdown_table, write_report
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     for part in (stack.vae, stack.text_encoder, stack.image_unet, stack.teacher):
         part.to(device)
     features = args.model / "feature_net.safetensors"
-    bench = Bench(stack, load_features(features), args.clips)
+    bench = Bench(stack, feature_net(stack), args.clips)
     student_file = args.student or args.model / "student.safetensors"
 
     about = {
@@ -188,5 +188,5 @@ if __name__ == "__main__":
     console.set_up()
     try:
         main()
-    except (StackError, StudentFileError, FileNotFoundError) as error:
+    except (*EXPECTED_ERRORS, FileNotFoundError) as error:
         sys.exit(str(error))

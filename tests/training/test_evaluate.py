@@ -69,8 +69,8 @@ def test_rows_that_were_measured_are_not_sampled_again(run, monkeypatch):
     assert (run() / "report.json").read_text() == first
 
 
-def test_a_row_of_several_seeds_is_their_mean_and_range(stack, stack_folder, tmp_path):
-    bench = Bench(stack, evaluate.load_features(stack_folder / "feature_net.safetensors"), 6)
+def test_a_row_of_several_seeds_is_their_mean_and_range(stack, tmp_path):
+    bench = Bench(stack, evaluate.feature_net(stack), 6)
     table = evaluate.Table(bench, tmp_path)
     real = [bench.real_clips(draw) for draw in (1, 2)]
     methods = [Method(f"seed {i}", lambda *_: None, 4) for i in range(2)]
