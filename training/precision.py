@@ -4,6 +4,8 @@ import contextlib
 
 import torch
 
+from avdm2_nodes.diffusion.precision import has_bf16
+
 
 class DeviceError(ValueError):
     """A device that this machine does not have; the message is one sentence."""
@@ -18,13 +20,6 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= found:
         raise DeviceError(f"Expected the device {name}, found {found} CUDA devices; choose another, or auto.")
     return device
-
-
-def has_bf16(device: torch.device) -> bool:
-    """True where bfloat16 matrix products run on instructions of their own, not emulated."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def autocast(device: torch.device, precision: str = "auto", cache: bool = True):

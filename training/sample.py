@@ -16,14 +16,16 @@ from diffusers import UNetMotionModel
 from torch import Tensor
 from tqdm import tqdm
 
+from avdm2_nodes.diffusion.precision import sampling_dtype
 from avdm2_nodes.diffusion.samplers import Callback, Generators, draw_noise, sample_student, sample_teacher
 from avdm2_nodes.diffusion.schedules import TRAIN_TIMESTEPS
 from avdm2_nodes.diffusion.stack import Stack, StackError, load_stack
 from avdm2_nodes.diffusion.student_file import StudentFileError, read_student, student_timesteps, student_unet
 from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.diffusion.windows import teacher_window, windowed
 from training import console
 from training.config import ROOT, DataConfig
-from training.precision import autocast, pick_device
+from training.precision import pick_device
 from training.video import VideoError, write_video
 
 MODEL = ROOT / "miniature"
@@ -38,15 +40,15 @@ class SampleError(ValueError):
     """A clip that cannot be sampled; the message is one sentence."""
 
 
-def student_sampler(unet: UNetMotionModel, timesteps: Sequence[int]) -> Sampler:
-    """The student's own chain over `timesteps`."""
-    predict = video_predictor(unet)
+def student_sampler(unet: UNetMotionModel, timesteps: Sequence[int], window: int) -> Sampler:
+    """The student's own chain over `timesteps`, longer clips in windows of `window` frames."""
+    predict = windowed(video_predictor(unet), window)
     return lambda noise, text, generators, callback=None: sample_student(predict, noise, text, timesteps, generators, callback)
 
 
 def teacher_sampler(unet: UNetMotionModel, empty_text: Tensor, steps: int, guidance: float) -> Sampler:
     """The teacher's guided steps, trailing; all its randomness is the noise. empty_text (1, L, D)."""
-    predict = video_predictor(unet)
+    predict = windowed(video_predictor(unet), teacher_window(unet.config.motion_max_seq_length))
     return lambda noise, text, generators, callback=None: sample_teacher(
         predict, noise, text, empty_text, steps, guidance, callback=callback
     )
@@ -73,9 +75,7 @@ def generate(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     text = stack.encode_text(list(prompts))
     shape = (len(prompts), stack.vae.config.latent_channels, frames, height // factor, width // factor)
-    with autocast(text.device):
-        clips = sampler(draw_noise(shape, generators, text.device), text, generators, callback)
-    return stack.decode_clips(clips)
+    return stack.decode_clips(sampler(draw_noise(shape, generators, text.device), text, generators, callback))
 
 
 def teacher_size(stack: Stack) -> tuple[int, int]:
@@ -104,15 +104,13 @@ def sample(args: argparse.Namespace) -> None:
         timesteps = student_timesteps(info.timesteps, args.steps or len(info.timesteps))
         steps = len(timesteps)
     frames, height, width = args.frames or frames, args.height or height, args.width or width
-    if frames > unet.config.motion_max_seq_length:
-        raise SampleError(
-            f"Expected at most {unet.config.motion_max_seq_length} --frames, which is all that the motion modules know, "
-            f"found {frames}; ask for fewer."
-        )
-    for module in (unet, stack.text_encoder, stack.vae):
+    torch.nn.Module.to(unet, device, sampling_dtype(device))  # diffusers' own `to` warns of parts that this UNet does not have
+    for module in (stack.text_encoder, stack.vae):
         module.to(device)
     sampler = (
-        teacher_sampler(unet, stack.encode_text([""]), steps, guidance) if args.teacher else student_sampler(unet, timesteps)
+        teacher_sampler(unet, stack.encode_text([""]), steps, guidance)
+        if args.teacher
+        else student_sampler(unet, timesteps, info.frames)
     )
     with tqdm(total=steps * len(outs), unit="step", desc="teacher" if args.teacher else "student") as bar:
         for prompt, out in zip(args.prompt, outs, strict=True):
@@ -167,7 +165,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=scale, help=f"CFG scale of the teacher (default: {TEACHER_GUIDANCE})")
     out_help = "video to write; several prompts are numbered (default: clip.mp4)"
     parser.add_argument("--out", type=Path, default=Path("clip.mp4"), metavar="FILE", help=out_help)
-    parser.add_argument("--frames", type=between(1, 1024), help=f"default: the student's; of the teacher {DataConfig().frames}")
+    parser.add_argument(
+        "--frames",
+        type=between(1, 1024),
+        help=f"default: the student's; of the teacher {DataConfig().frames}; more are made in windows",
+    )
     parser.add_argument("--fps", type=between(1, 240), default=8, help="frames a second of the video (default: 8)")
     parser.add_argument("--height", type=between(8, 8192), help="pixels (default: the model's)")
     parser.add_argument("--width", type=between(8, 8192), help="pixels (default: the model's)")

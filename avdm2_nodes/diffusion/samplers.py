@@ -6,21 +6,29 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from .schedules import VIDEO, classifier_free_guidance
+from .schedules import TRAIN_TIMESTEPS, VIDEO, classifier_free_guidance
 from .unets import Predictor
 
 Generators = torch.Generator | Sequence[torch.Generator]
 Callback = Callable[[int, Tensor], None]  # (steps done, the x0 that this step predicts)
+Refine = Callable[[Tensor, int], Tensor]  # (an x0, its step from 0) -> the x0 to go on with
 
 
-def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device | str = "cpu") -> Tensor:
-    """Float32 noise of `shape`, drawn on the CPU so that a seed gives the same clip on every device.
+def draw_noise(
+    shape: Sequence[int], generator: Generators, device: torch.device | str = "cpu", index: Sequence[int] | None = None
+) -> Tensor:
+    """Float32 noise for images (B, C, h, w) or clips (B, C, F, h, w), drawn on the CPU: a seed gives the same clip on every device.
 
-    With a list of generators, sample i of the batch comes from the i-th alone.
+    A clip's noise is drawn frame by frame, as ComfyUI draws it for a batch of frames. With a list of generators, sample i
+    of the batch comes from the i-th alone. `index` (F) says which frames of a longer clip these are: each gets that frame's noise.
     """
-    if isinstance(generator, torch.Generator):
+    if not isinstance(generator, torch.Generator):
+        return torch.cat([draw_noise((1, *shape[1:]), g, device, index) for g in generator])
+    if len(shape) == 4:
         return torch.randn(*shape, generator=generator).to(device)
-    return torch.stack([torch.randn(*shape[1:], generator=g) for g in generator]).to(device)
+    batch, channels, frames, height, width = shape
+    drawn = torch.randn(batch, max(index) + 1 if index else frames, channels, height, width, generator=generator)
+    return (drawn[:, list(index)] if index else drawn).transpose(1, 2).contiguous().to(device)
 
 
 def predict_x0(student: Predictor, x_t: Tensor, t: int, text: Tensor) -> Tensor:
@@ -36,18 +44,23 @@ def sample_student(
     timesteps: Sequence[int],
     generator: Generators,
     callback: Callback | None = None,
+    index: Sequence[int] | None = None,
+    refine: Refine | None = None,
 ) -> Tensor:
     """The student's chain (DMD2, arXiv 2405.14867, section 4.4): predict x0, diffuse it to the next timestep with fresh noise.
 
-    noise (B, C, F, h, w) is x_t at timesteps[0]; the last x0 is the clip. No guidance: a step is one evaluation.
+    noise (B, C, F, h, w) is x_t at timesteps[0]; the last x0 is the clip. No guidance: a step is one evaluation. `index` is
+    `draw_noise`'s; `refine` may change each x0 before it goes on.
     """
     x_t = x0 = noise
     for i, t in enumerate(timesteps):
         x0 = predict_x0(student, x_t, t, text)
+        if refine is not None:
+            x0 = refine(x0, i)
         if callback is not None:
             callback(i + 1, x0)
         if i + 1 < len(timesteps):
-            x_t = VIDEO.diffuse(x0, draw_noise(x0.shape, generator, x0.device), timesteps[i + 1])
+            x_t = VIDEO.diffuse(x0, draw_noise(x0.shape, generator, x0.device, index), timesteps[i + 1])
     return x0
 
 
@@ -64,6 +77,36 @@ def backward_simulation(
     return x_t, predict_x0(student, x_t, timesteps[step], text)
 
 
+def begin(timesteps: Sequence[int], noise: Tensor, clip: Tensor | None, denoise: float) -> tuple[list[int], Tensor]:
+    """Where video-to-video starts: the timesteps up to 1000 * denoise, and `clip` diffused to the first of them with `noise`.
+
+    At denoise 1 these are all timesteps and the noise itself, whatever the clip. ValueError where none is left.
+    """
+    if denoise >= 1:
+        return list(timesteps), noise
+    kept = [t for t in timesteps if t <= TRAIN_TIMESTEPS * denoise]
+    if not kept:
+        raise ValueError(
+            f"Expected denoise of at least {(timesteps[-1] + 1) / TRAIN_TIMESTEPS:.2f} with the steps "
+            f"{', '.join(map(str, timesteps))}, found {denoise:.2f}, which leaves none; raise it, or the number of steps."
+        )
+    return kept, VIDEO.diffuse(clip, noise, kept[0])
+
+
+def ddim_scheduler(steps: int, spacing: str = "trailing") -> DDIMScheduler:
+    """diffusers' DDIM on the video schedule, with its `steps` timesteps set."""
+    scheduler = DDIMScheduler(
+        beta_schedule=VIDEO.beta_schedule,
+        beta_start=VIDEO.beta_start,
+        beta_end=VIDEO.beta_end,
+        clip_sample=False,
+        timestep_spacing=spacing,
+        steps_offset=1 if spacing == "leading" else 0,
+    )
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
 @torch.no_grad()
 def sample_teacher(
     teacher: Predictor,
@@ -74,26 +117,20 @@ def sample_teacher(
     guidance: float,
     spacing: str = "trailing",
     callback: Callback | None = None,
+    timesteps: Sequence[int] | None = None,
 ) -> Tensor:
     """DDIM (Song et al., arXiv 2010.02502) with classifier-free guidance; deterministic given `noise` (B, C, F, h, w).
 
     empty_text (1, L, D) is the empty prompt's embedding. A step is two evaluations, or one at guidance 1. `spacing` is diffusers'
-    `timestep_spacing`: trailing starts at 999, as the student does.
+    `timestep_spacing`: trailing starts at 999, as the student does. `timesteps` are the last of these steps, for a clip that
+    `begin` has diffused to the first of them.
     """
-    scheduler = DDIMScheduler(
-        beta_schedule=VIDEO.beta_schedule,
-        beta_start=VIDEO.beta_start,
-        beta_end=VIDEO.beta_end,
-        clip_sample=False,
-        timestep_spacing=spacing,
-        steps_offset=1 if spacing == "leading" else 0,
-    )
-    scheduler.set_timesteps(steps)
+    scheduler = ddim_scheduler(steps, spacing)
     guided = guidance != 1.0
     if guided:
         text = torch.cat([empty_text.expand_as(text), text])
     x_t = noise
-    for i, t in enumerate(scheduler.timesteps.tolist()):
+    for i, t in enumerate(timesteps or scheduler.timesteps.tolist()):
         batch = torch.cat([x_t, x_t]) if guided else x_t
         eps = teacher(batch, torch.full((len(batch),), t, device=x_t.device), text)
         if guided:

@@ -223,6 +223,24 @@ def read_student(path: Path) -> Student:
     return Student(info, tensors, str(path))
 
 
+def require_base(student: Student, image_unet: UNet2DConditionModel, base_hash: str | None = None) -> None:
+    """StudentFileError unless the student runs on this base.
+
+    One that holds all its weights needs the architecture only (which may lie on the meta device), any other the very weights;
+    `base_hash` is their `weights_hash`, computed where it is not given.
+    """
+    _check_architecture(student, image_unet)
+    info = student.info
+    if info.holds == "all":
+        return
+    found = base_hash or weights_hash(image_unet)
+    if found != info.base_hash:
+        raise StudentFileError(
+            f"Expected the base {info.base_name} (hash {info.base_hash[:12]}) beside {student.name}, which holds "
+            f"{info.holds} only, found one of hash {found[:12]}; load the base that it was made for."
+        )
+
+
 def student_unet(student: Student, image_unet: UNet2DConditionModel | None = None) -> UNetMotionModel:
     """The student's video UNet: float32, on the CPU, frozen, in evaluation mode, LoRA layers merged into the weights.
 
@@ -232,23 +250,25 @@ def student_unet(student: Student, image_unet: UNet2DConditionModel | None = Non
     """
     info = student.info
     if image_unet is not None:
-        _check_architecture(student, image_unet)
+        require_base(student, image_unet)
+    elif info.holds != "all":
+        raise StudentFileError(
+            f"Expected the base {info.base_name} beside {student.name}, which holds {info.holds} only, found none; load it."
+        )
     weights = student.tensors
     if info.holds != "all":
-        if image_unet is None:
-            raise StudentFileError(
-                f"Expected the base {info.base_name} beside {student.name}, which holds {info.holds} only, found none; load it."
-            )
-        found = weights_hash(image_unet)
-        if found != info.base_hash:
-            raise StudentFileError(
-                f"Expected the base {info.base_name} (hash {info.base_hash[:12]}) beside {student.name}, which holds "
-                f"{info.holds} only, found one of hash {found[:12]}; load the base that it was made for."
-            )
         weights = _merged(dict(image_unet.named_parameters()), weights, info)
     unet = UNetMotionModel(**info.unet_config)
     unet.load_state_dict(unet.state_dict() | weights)
     return unet.eval().requires_grad_(False)
+
+
+def positions(student: Student) -> dict[str, Tensor]:
+    """The position encodings of the student's motion modules, by name: the file's, or diffusers' own where it has none."""
+    names = [key for key, _ in _on_meta(student.info, student.name).named_buffers()]
+    missing = [key for key in names if key not in student.tensors]
+    own = dict(UNetMotionModel(**student.info.unet_config).named_buffers()) if missing else {}
+    return {key: student.tensors.get(key, own.get(key)) for key in names}
 
 
 # ---- the checks ----

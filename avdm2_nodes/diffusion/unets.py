@@ -42,14 +42,15 @@ def video_predictor(unet: UNetMotionModel) -> Predictor:
 
     def eps(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         # diffusers' docstring says B rows of text, its attention wants B * F.
-        return unet(x_t, t, text.repeat_interleave(x_t.shape[2], 0), return_dict=False)[0].float()
+        text = text.repeat_interleave(x_t.shape[2], 0).to(unet.dtype)
+        return unet(x_t.to(unet.dtype), t, text, return_dict=False)[0].float()
 
     return eps
 
 
 def image_predictor(unet: UNet2DConditionModel) -> Predictor:
     """eps(x_t (B, C, h, w), t, text (B, L, D)) by an image UNet."""
-    return lambda x_t, t, text: unet(x_t, t, text, return_dict=False)[0].float()
+    return lambda x_t, t, text: unet(x_t.to(unet.dtype), t, text.to(unet.dtype), return_dict=False)[0].float()
 
 
 def encoder_features(unet: UNetMotionModel, x_t: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:

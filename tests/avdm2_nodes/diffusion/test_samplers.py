@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise, sample_student, sample_teacher
+from avdm2_nodes.diffusion.samplers import backward_simulation, begin, draw_noise, sample_student, sample_teacher
 from avdm2_nodes.diffusion.unets import video_predictor, video_unet
 
 ABAR = DDPMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod.double()
@@ -45,7 +45,7 @@ def test_the_students_chain_is_the_formula(text, timesteps):
         x0 = (x - math.sqrt(1 - abar) * toy(x, torch.full((3,), t), text)) / math.sqrt(abar)
         if i + 1 < len(timesteps):
             following = ABAR[timesteps[i + 1]]
-            fresh = torch.randn(SHAPE, generator=generator).double()
+            fresh = torch.randn(3, 5, 4, 8, 8, generator=generator).transpose(1, 2).double()
             x = math.sqrt(following) * x0 + math.sqrt(1 - following) * fresh
     torch.testing.assert_close(clip.double(), x0, rtol=1e-4, atol=1e-4)
 
@@ -62,9 +62,58 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(unet, text):
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
 
 
-def test_one_generator_draws_the_whole_batch():
-    noise = draw_noise(SHAPE, torch.Generator().manual_seed(3))
-    assert torch.equal(noise, torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))) and noise.dtype == torch.float32
+def test_noise_is_drawn_frame_by_frame():
+    noise = draw_noise((1, 4, 5, 8, 8), torch.Generator().manual_seed(3))
+    frames = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(3))  # as ComfyUI draws it for a batch of frames
+    assert torch.equal(noise[0].transpose(0, 1), frames) and noise.dtype == torch.float32
+    longer = draw_noise((1, 4, 9, 8, 8), torch.Generator().manual_seed(3))
+    assert torch.equal(longer[:, :, :5], noise)
+
+
+def test_images_and_whole_batches_have_noise_of_one_generator():
+    images = draw_noise((3, 4, 8, 8), torch.Generator().manual_seed(3))
+    assert torch.equal(images, torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(3)))
+    together = draw_noise(SHAPE, torch.Generator().manual_seed(3))
+    assert together.shape == SHAPE and len(together.flatten().unique()) == together.numel()
+
+
+def test_frames_of_a_longer_clip_have_its_noise(text):
+    whole = draw_noise((1, 4, 9, 8, 8), torch.Generator().manual_seed(3))
+    assert torch.equal(draw_noise((1, 4, 3, 8, 8), torch.Generator().manual_seed(3), index=[2, 7, 2]), whole[:, :, [2, 7, 2]])
+
+    # In every step: a predictor without motion makes of a frame the same alone and in its clip, up to its own index.
+    def sample(noise, index):
+        return sample_student(toy, noise, text[:1], [999, 499], torch.Generator().manual_seed(8), index=index)
+
+    clip = sample(whole[:, :, :6], None)
+    torch.testing.assert_close(sample(whole[:, :, [1, 5]], [1, 5]), clip[:, :, [1, 5]])
+
+
+def test_video_to_video_begins_at_the_first_timestep_within_denoise():
+    noise, clip = draw_noise(SHAPE, seeded(1, 2, 3)), draw_noise(SHAPE, seeded(4, 5, 6))
+    assert begin([999, 749, 499, 249], noise, clip, 1.0) == ([999, 749, 499, 249], noise)
+    for denoise, kept in [(0.99, [749, 499, 249]), (0.749, [749, 499, 249]), (0.7489, [499, 249]), (0.25, [249])]:
+        timesteps, x_t = begin([999, 749, 499, 249], noise, clip, denoise)
+        abar = ABAR[kept[0]].float()
+        assert timesteps == kept
+        torch.testing.assert_close(x_t, abar.sqrt() * clip + (1 - abar).sqrt() * noise)
+    with pytest.raises(ValueError, match=r"Expected denoise of at least 0\.25 with the steps 999, 749, 499, 249, found 0\.20"):
+        begin([999, 749, 499, 249], noise, clip, 0.2)
+
+
+def test_refine_changes_what_goes_on(text):
+    noise, seen = draw_noise(SHAPE, seeded(1, 2, 3)), []
+
+    def refine(x0, step):
+        seen.append((step, x0))
+        return x0 * 0 + step
+
+    clip = sample_student(toy, noise, text, [999, 499], seeded(1, 2, 3), refine=refine)
+    assert [step for step, _ in seen] == [0, 1] and torch.equal(clip, torch.ones(SHAPE))
+    fresh = seeded(1, 2, 3)
+    x_t = (1 - ABAR[499]).sqrt().float() * draw_noise(SHAPE, fresh)  # the first x0 became 0
+    x0 = (x_t - (1 - ABAR[499]).sqrt().float() * toy(x_t, torch.full((3,), 499), text)) / ABAR[499].sqrt().float()
+    torch.testing.assert_close(seen[1][1], x0, rtol=1e-4, atol=1e-4)
 
 
 def test_the_callback_sees_each_x0(text):
@@ -140,6 +189,18 @@ def test_the_teachers_steps_are_ddim_with_guidance(unet, text, steps, guidance):
     torch.testing.assert_close(clip.double(), expected, rtol=1e-3, atol=1e-3)
     assert [done for done, _ in seen] == list(range(1, steps + 1))
     torch.testing.assert_close(seen[-1][1], clip, rtol=1e-4, atol=1e-4)  # the last step ends at its x0
+
+
+def test_the_teacher_goes_on_from_a_later_step(text):
+    noise, empty, x_ts = draw_noise(SHAPE, seeded(1, 2, 3)), text[:1] * 0, []
+
+    def teacher(x_t, t, text):
+        x_ts.append(x_t[3:])
+        return toy(x_t, t, text)
+
+    clip = sample_teacher(teacher, noise, text, empty, 5, 3.0)
+    again = sample_teacher(toy, x_ts[2], text, empty, 5, 3.0, timesteps=[599, 399, 199])
+    torch.testing.assert_close(again, clip)
 
 
 @pytest.mark.parametrize(("spacing", "timesteps"), [("leading", [751, 501, 251, 1]), ("linspace", [999, 666, 333, 0])])

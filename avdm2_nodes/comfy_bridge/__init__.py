@@ -1,0 +1,1 @@
+"""The only rooms that know ComfyUI: its folders, memory, text encoders, latents, progress and previews."""

@@ -1,0 +1,76 @@
+"""Model files as ComfyUI finds them, and the stack that comes with the pack."""
+
+from pathlib import Path
+
+import folder_paths
+
+BUNDLED = Path(__file__).resolve().parents[2] / "miniature"
+BUNDLED_NAME = "miniature (bundled)"
+OWN_MOTION = "the checkpoint's own"
+STUDENTS, MOTION, CHECKPOINTS, STACKS = "avdm2", "animatediff_models", "checkpoints", "diffusers"
+
+
+class ModelFileError(ValueError):
+    """A model file that is not there or not of the kind that is wanted; the message is one sentence."""
+
+
+def register_folders() -> None:
+    """Adds our kinds of model to ComfyUI's folders; what `extra_model_paths.yaml` says of them stays."""
+    for kind in (STUDENTS, MOTION):
+        folder_paths.add_model_folder_path(kind, str(Path(folder_paths.models_dir) / kind))
+        paths, extensions = folder_paths.folder_names_and_paths[kind]
+        folder_paths.folder_names_and_paths[kind] = (paths, set(extensions) | folder_paths.supported_pt_extensions)
+
+
+def students_folder() -> Path:
+    """Where students are saved: the first of the folders that they are looked for in."""
+    return Path(folder_paths.get_folder_paths(STUDENTS)[0])
+
+
+def stack_folders() -> dict[str, Path]:
+    """Whole stacks in diffusers' layout, by the name that a person picks."""
+    found = {BUNDLED_NAME: BUNDLED} if (BUNDLED / "unet").is_dir() else {}
+    for root in folder_paths.get_folder_paths(STACKS):
+        for unet in sorted(Path(root).glob("*/unet/config.json")):
+            found.setdefault(unet.parents[1].name, unet.parents[1])
+    return found
+
+
+def style_folders() -> dict[str, Path]:
+    """Image UNets of other styles that lie in the stacks, by the name that a person picks."""
+    found = {}
+    for name, stack in stack_folders().items():
+        for config in sorted(stack.glob("styles/*/config.json")):
+            found[f"{config.parent.name} of {name}"] = config.parent
+    return found
+
+
+def checkpoint_choices() -> list[str]:
+    return [*stack_folders(), *folder_paths.get_filename_list(CHECKPOINTS)]
+
+
+def motion_choices() -> list[str]:
+    return [OWN_MOTION, *folder_paths.get_filename_list(MOTION)]
+
+
+def style_choices() -> list[str]:
+    return [*style_folders(), *folder_paths.get_filename_list(CHECKPOINTS)]
+
+
+def student_choices() -> list[str]:
+    bundled = [BUNDLED_NAME] if (BUNDLED / "student.safetensors").is_file() else []
+    return [*bundled, *folder_paths.get_filename_list(STUDENTS)]
+
+
+def student_file(name: str) -> Path:
+    """The file of a student that a person picked. ModelFileError where it is gone."""
+    return BUNDLED / "student.safetensors" if name == BUNDLED_NAME else model_file(STUDENTS, name)
+
+
+def model_file(kind: str, name: str) -> Path:
+    """The file of `name` in the folders of a kind. ModelFileError where it is gone; a name never leaves its folders."""
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        folders = ", ".join(folder_paths.get_folder_paths(kind))
+        raise ModelFileError(f"Expected {name} in {folders}, found no such file; put it there, or refresh and choose another.")
+    return Path(path)

@@ -1,0 +1,195 @@
+"""What travels along the wires of our nodes: teachers, students and styles, and how they are loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import comfy.sd
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter.lora import LoRAAdapter
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from ..diffusion import student_file
+from ..diffusion.stack import load_image_unet, load_motion, load_stack
+from ..diffusion.unets import Predictor, image_predictor, video_predictor, video_unet
+from ..diffusion.windows import teacher_window, windowed
+from . import files, memory, native
+from .progress import interruptible
+from .text import StackCLIP
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """AVDM2_TEACHER: a video UNet under ComfyUI's memory management, and what its students have to know of it."""
+
+    name: str
+    patcher: ModelPatcher
+    architecture: UNet2DConditionModel  # on the meta device
+    base_hash: str
+    empty_text: Tensor  # (1, L, D), the empty prompt's embedding
+    frames: int  # of a context window
+    image_unet: Callable[[], UNet2DConditionModel]  # loads the base once more, float32 on the CPU
+
+    @property
+    def latent_format(self):
+        return self.patcher.model.latent_format
+
+    @property
+    def text_width(self) -> int:
+        return self.architecture.config.cross_attention_dim
+
+    @property
+    def pixels(self) -> int:
+        """What a clip's sides in pixels are a multiple of: the VAE's factor times the UNet's."""
+        return 8 * 2 ** (len(self.architecture.config.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class Style:
+    """An image model that guides a student's sampling, and the one that it is compared with."""
+
+    name: str
+    patcher: ModelPatcher
+    source: ModelPatcher
+    strength: float
+
+
+@dataclass(frozen=True)
+class Student:
+    """AVDM2_STUDENT: a student file's weights as patches on its teacher's UNet."""
+
+    file: student_file.Student
+    patcher: ModelPatcher
+    teacher: Teacher
+    styles: tuple[Style, ...] = ()
+
+
+def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None):
+    """(Teacher, CLIP, VAE) by the names that a person picked; a native MODEL takes the place of the checkpoint's UNet.
+
+    One of the errors of the rooms below where something is missing or does not fit.
+    """
+    if folder := files.stack_folders().get(checkpoint):
+        stack = load_stack(folder, with_motion=False)
+        clip, vae = StackCLIP(stack.tokenizer, stack.text_encoder), native.native_vae(stack.vae)
+        latent_format = native.stack_latent_format(stack.vae)
+        image_unet = lambda: load_image_unet(folder)  # noqa: E731
+    else:
+        folder, path = None, files.model_file(files.CHECKPOINTS, checkpoint)
+        loaded, clip, vae = load_checkpoint(path, with_model=model is None)
+        latent_format = (model or loaded).model.latent_format
+        image_unet = lambda: native.image_unet_of(load_checkpoint(path)[0], str(path))  # noqa: E731
+    if model is not None:
+        image_unet = lambda: native.image_unet_of(model)  # noqa: E731
+    base = image_unet()
+    adapter = load_motion_choice(motion, folder)
+    with torch.device("meta"):
+        architecture = UNet2DConditionModel.from_config(base.config)
+    teacher = Teacher(
+        name=checkpoint,
+        patcher=memory.unet_patcher(video_unet(base, adapter), latent_format),
+        architecture=architecture,
+        base_hash=student_file.weights_hash(base),
+        empty_text=clip.encode_from_tokens_scheduled(clip.tokenize(""))[0][0].float().cpu(),
+        frames=teacher_window(adapter.config.motion_max_seq_length),
+        image_unet=image_unet,
+    )
+    return teacher, clip, vae
+
+
+def load_checkpoint(path: Path, with_model: bool = True):
+    """ComfyUI's (MODEL or None, CLIP, VAE) of a single-file checkpoint."""
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
+        str(path), output_vae=True, output_clip=True, embedding_directory=embeddings, output_model=with_model
+    )
+    return model, clip, vae
+
+
+def load_motion_choice(name: str, folder: Path | None):
+    """The motion modules that a person picked, or those in the stack's own folder."""
+    if name != files.OWN_MOTION:
+        return load_motion(files.model_file(files.MOTION, name))
+    if folder is None:
+        raise files.ModelFileError(
+            "Expected a motion module for this checkpoint, found none chosen; choose one from models/animatediff_models."
+        )
+    return load_motion(folder / "motion_adapter")
+
+
+def load_student(name: str, teacher: Teacher) -> Student:
+    """A student by the name that a person picked, as patches on a clone of its teacher's patcher. StudentFileError as `require_base`."""
+    read = student_file.read_student(files.student_file(name))
+    student_file.require_base(read, teacher.architecture, teacher.base_hash)
+    patcher = teacher.patcher.clone()
+    patcher.add_patches(_patches(read))
+    dtype = patcher.model.get_dtype()
+    for key, positions in student_file.positions(read).items():  # buffers, which weight patches do not reach
+        patcher.add_object_patch(f"diffusion_model.{key}", positions.to(dtype))
+    return Student(read, patcher, teacher)
+
+
+def _patches(student: student_file.Student) -> dict:
+    """The student's weights in the words of ComfyUI's patches: LoRA where it is LoRA, else the weight itself."""
+    patches = {}
+    for key, tensor in student.tensors.items():
+        if key.endswith(".lora_A.weight"):
+            module = key.removesuffix(".lora_A.weight")
+            up = student.tensors[f"{module}.lora_B.weight"]
+            weights = (up, tensor, student.info.lora_alpha, None, None, None)
+            patches[f"diffusion_model.{module}.weight"] = LoRAAdapter(set(), weights)
+        elif not key.endswith((".lora_B.weight", ".pe")):
+            patches[f"diffusion_model.{key}"] = ("set", (tensor,))
+    return patches
+
+
+def with_style(student: Student, checkpoint: str, model: ModelPatcher | None, strength: float) -> Student:
+    """The student, guided by one more image model while it is sampled."""
+    if model is not None:
+        name, unet = "the MODEL", native.image_unet_of(model)
+    elif folder := files.style_folders().get(checkpoint):
+        name, unet = checkpoint, load_image_unet(folder)
+    else:
+        path = files.model_file(files.CHECKPOINTS, checkpoint)
+        name, unet = checkpoint, native.image_unet_of(load_checkpoint(path)[0], str(path))
+    require_same_family(unet, student.teacher)
+    source = student.styles[0].source if student.styles else _image_patcher(student.teacher.image_unet(), student.teacher)
+    style = Style(name, _image_patcher(unet, student.teacher), source, strength)
+    return replace(student, styles=(*student.styles, style))
+
+
+def require_same_family(unet: UNet2DConditionModel, teacher: Teacher) -> None:
+    mine, theirs = ({k: u.config[k] for k in ("in_channels", "cross_attention_dim")} for u in (unet, teacher.architecture))
+    if mine != theirs:
+        raise native.NativeModelError(
+            f"Expected a style of the student's family ({theirs}), found another ({mine}); choose a model made from the same base."
+        )
+
+
+def _image_patcher(unet: UNet2DConditionModel, teacher: Teacher) -> ModelPatcher:
+    return memory.unet_patcher(unet, teacher.latent_format)
+
+
+def loaded_predictors(
+    patcher: ModelPatcher, frames: int, shape, styles=()
+) -> tuple[Predictor, list[tuple[Predictor, Predictor]]]:
+    """Has the networks loaded; the video predictor, in windows of `frames`, and (style, source) predictors of each style."""
+    patchers = [patcher, *(p for style in styles for p in (style.patcher, style.source))]
+    unet, *images = memory.load(list(dict.fromkeys(patchers)), shape)
+    by_patcher = dict(zip(dict.fromkeys(patchers), [unet, *images], strict=True))
+    video = windowed(interruptible(video_predictor(unet)), frames)
+    pairs = [tuple(interruptible(image_predictor(by_patcher[p])) for p in (style.patcher, style.source)) for style in styles]
+    return video, pairs
+
+
+def save_student(student: Student, name: str) -> Path:
+    """Writes a student below the folder of students; its path. StudentFileError for a name that leaves it or exists."""
+    path = student_file.student_path(files.students_folder(), name)
+    if path.exists():
+        raise student_file.StudentFileError(f"Expected a new name, found {path.name} there already; choose another name.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    student_file.write_student(path, student.file.tensors, student.file.info)
+    return path

@@ -1,0 +1,34 @@
+from comfy_api.latest import io
+
+from ..comfy_bridge import files
+from .types import CATEGORY, StudentWire, TeacherWire
+
+
+class StudentLoader(io.ComfyNode):
+    """A student file, as patches on its teacher."""
+
+    @classmethod
+    def define_schema(cls):
+        files.register_folders()
+        return io.Schema(
+            node_id="AVDM2StudentLoader",
+            display_name="AVDM2 Student Loader",
+            category=CATEGORY,
+            description="Loads a student: weights that let its teacher's network make a clip in 4 evaluations instead of 50. Teacher "
+            "and student share their memory.",
+            inputs=[
+                io.Combo.Input(
+                    "student",
+                    options=files.student_choices(),
+                    tooltip="A student file from models/avdm2, or the one that comes with this pack.",
+                ),
+                TeacherWire.Input("teacher", tooltip="The teacher that the student was made from."),
+            ],
+            outputs=[StudentWire.Output(display_name="student")],
+        )
+
+    @classmethod
+    def execute(cls, student, teacher) -> io.NodeOutput:
+        from ..comfy_bridge.models import load_student
+
+        return io.NodeOutput(load_student(student, teacher))

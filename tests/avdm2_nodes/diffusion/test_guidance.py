@@ -1,0 +1,53 @@
+import torch
+from diffusers import DDPMScheduler
+
+from avdm2_nodes.diffusion.guidance import predict_frames, pulled, style_pull
+
+ABAR = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod.double()
+
+
+def gaussian_score(mean):
+    """The exact noise prediction for frames that are N(mean, 1): of variance 1 at every t, eps = sigma (x_t - alpha mean)."""
+
+    def eps(x_t, t, text):
+        abar = ABAR[t].float().view(-1, 1, 1, 1)
+        return (1 - abar).sqrt() * (x_t - abar.sqrt() * (mean + 0 * text.mean()))
+
+    return eps
+
+
+def test_the_pull_is_the_difference_and_nothing_where_they_agree():
+    x0, a, b = torch.randn(3, 8, 4, 2, 2).unbind(0)
+    torch.testing.assert_close(style_pull(x0, a, b, 0.5), x0 + 0.5 * a - 0.5 * b)
+    assert torch.equal(style_pull(x0, a, a, 3.0), x0) and torch.equal(style_pull(x0, a, b, 0.0), x0)
+
+
+def test_predictions_of_a_gaussian_are_its_posterior_means():
+    frames, noise = torch.randn(5, 4, 2, 2), torch.randn(1, 4, 2, 2)
+    text = torch.zeros(1, 3, 8)
+    for t in (20, 500, 950):
+        abar = ABAR[t].float()
+        x_t = abar.sqrt() * frames + (1 - abar).sqrt() * noise
+        posterior = 0.7 + abar.sqrt() * (x_t - abar.sqrt() * 0.7)  # E[x0 | x_t] of N(0.7, 1)
+        x0 = predict_frames(gaussian_score(0.7), frames, noise, t, text, text, 2.0)
+        torch.testing.assert_close(x0, posterior, rtol=1e-3, atol=1e-3)
+
+
+def test_a_clip_is_pulled_from_the_source_towards_the_style():
+    clip, text = torch.randn(1, 4, 5, 2, 2), torch.zeros(1, 3, 8)
+    refine = pulled(gaussian_score(2.0), gaussian_score(-1.0), text, text, 1.0, torch.Generator().manual_seed(0), t=500)
+    # Posterior means differ by (1 - abar) (m_style - m_source), whatever the frame and its noise.
+    expected = clip + (1 - ABAR[500].float()) * 3.0
+    torch.testing.assert_close(refine(clip, 0), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_same_model_twice_pulls_nothing_and_all_frames_share_the_noise():
+    seen = []
+
+    def score(x_t, t, text):
+        seen.append(x_t)
+        return torch.sin(x_t)
+
+    clip, text = torch.zeros(1, 4, 5, 2, 2), torch.zeros(1, 3, 8)
+    assert torch.equal(pulled(score, score, text, text, 2.0, torch.Generator().manual_seed(0))(clip, 0), clip)
+    assert all(torch.equal(x_t, x_t[:1].expand_as(x_t)) and x_t.std() > 0.1 for x_t in seen)
