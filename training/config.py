@@ -70,8 +70,13 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    teacher: ProjectPath = Field(Path("miniature"), description="video teacher, a folder in the diffusers layout")
-    motion: ProjectPath | None = Field(None, description="another motion module for the teacher, file or folder")
+    teacher: ProjectPath = Field(
+        Path("miniature"), description="a folder in the diffusers layout, or an SD1.5 checkpoint in one file"
+    )
+    motion: ProjectPath | None = Field(
+        None, description="motion modules, file or folder; null is those in the teacher's folder"
+    )
+    tokenizer: ProjectPath | None = Field(None, description="folder of CLIP's vocabulary, for a checkpoint in one file")
     score_unet: ProjectPath | None = Field(None, description="2D UNet of the real score (the style); null is the teacher's own")
     train: Literal["all", "motion", "motion+lora"] = Field("all", description="which weights of the student are trained")
     lora_rank: int = Field(16, ge=1, description="rank of the adapters, where there are any")

@@ -67,7 +67,7 @@ def distil(config: DistillConfig, run: RunFolder, report: bool = True) -> Path:
         torch.set_num_threads(config.run.threads)
     device = pick_device(config.run.device)
 
-    stack = load_stack(config.model.teacher, config.model.motion)
+    stack = load_stack(config.model.teacher, config.model.motion, tokenizer=config.model.tokenizer)
     score_unet = load_image_unet(config.model.score_unet) if config.model.score_unet else None
     if config.data.render and needs_clips(config.data.folder):
         render_clips(config)

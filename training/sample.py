@@ -22,9 +22,9 @@ from avdm2_nodes.diffusion.schedules import TRAIN_TIMESTEPS
 from avdm2_nodes.diffusion.stack import Stack, StackError, load_stack
 from avdm2_nodes.diffusion.student_file import StudentFileError, read_student, student_timesteps, student_unet
 from avdm2_nodes.diffusion.unets import video_predictor
-from avdm2_nodes.diffusion.windows import teacher_window, windowed
+from avdm2_nodes.diffusion.windows import ANIMATEDIFF_FRAMES, windowed
 from training import console
-from training.config import ROOT, DataConfig
+from training.config import ROOT
 from training.precision import pick_device
 from training.video import VideoError, write_video
 
@@ -46,9 +46,11 @@ def student_sampler(unet: UNetMotionModel, timesteps: Sequence[int], window: int
     return lambda noise, text, generators, callback=None: sample_student(predict, noise, text, timesteps, generators, callback)
 
 
-def teacher_sampler(unet: UNetMotionModel, empty_text: Tensor, steps: int, guidance: float) -> Sampler:
-    """The teacher's guided steps, trailing; all its randomness is the noise. empty_text (1, L, D)."""
-    predict = windowed(video_predictor(unet), teacher_window(unet.config.motion_max_seq_length))
+def teacher_sampler(
+    unet: UNetMotionModel, empty_text: Tensor, steps: int, guidance: float, window: int = ANIMATEDIFF_FRAMES
+) -> Sampler:
+    """The teacher's guided steps, trailing, windows as the student's; all its randomness is the noise. empty_text (1, L, D)."""
+    predict = windowed(video_predictor(unet), window)
     return lambda noise, text, generators, callback=None: sample_teacher(
         predict, noise, text, empty_text, steps, guidance, callback=callback
     )
@@ -92,25 +94,25 @@ def sample(args: argparse.Namespace) -> None:
         raise SampleError(f"Expected a folder at {args.out.parent} for {args.out.name}, found none; make it.")
     device = pick_device()
     if args.teacher:
-        stack = load_stack(args.model)
-        unet, frames, (height, width) = stack.teacher, DataConfig().frames, teacher_size(stack)
+        stack = load_stack(args.model, args.motion, tokenizer=args.tokenizer)
+        unet, window, (height, width) = stack.teacher, stack.frames, teacher_size(stack)
         steps = args.steps or TEACHER_STEPS
         guidance = TEACHER_GUIDANCE if args.guidance is None else args.guidance
     else:
         student = read_student(args.student)
-        stack = load_stack(args.model, with_motion=False)
+        stack = load_stack(args.model, with_motion=False, tokenizer=args.tokenizer)
         unet, info = student_unet(student, stack.image_unet), student.info
-        frames, height, width = info.frames, info.height, info.width
+        window, height, width = info.frames, info.height, info.width
         timesteps = student_timesteps(info.timesteps, args.steps or len(info.timesteps))
         steps = len(timesteps)
-    frames, height, width = args.frames or frames, args.height or height, args.width or width
+    frames, height, width = args.frames or window, args.height or height, args.width or width
     torch.nn.Module.to(unet, device, sampling_dtype(device))  # diffusers' own `to` warns of parts that this UNet does not have
     for module in (stack.text_encoder, stack.vae):
         module.to(device)
     sampler = (
-        teacher_sampler(unet, stack.encode_text([""]), steps, guidance)
+        teacher_sampler(unet, stack.encode_text([""]), steps, guidance, window)
         if args.teacher
-        else student_sampler(unet, timesteps, info.frames)
+        else student_sampler(unet, timesteps, window)
     )
     with tqdm(total=steps * len(outs), unit="step", desc="teacher" if args.teacher else "student") as bar:
         for prompt, out in zip(args.prompt, outs, strict=True):
@@ -156,8 +158,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     who = parser.add_mutually_exclusive_group()
     who.add_argument("--student", type=Path, default=STUDENT, metavar="FILE", help="student file (default: the shipped one)")
     who.add_argument("--teacher", action="store_true", help="sample the teacher instead")
-    model_help = "stack in the diffusers layout: the teacher, or the student's base (default: the miniature)"
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help=model_help)
+    model_help = "the teacher, or the student's base: a diffusers folder or an SD1.5 checkpoint (default: the miniature)"
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="PATH", help=model_help)
+    parser.add_argument("--motion", type=Path, metavar="PATH", help="motion modules of the teacher, where its folder has none")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="CLIP's vocabulary, for a checkpoint in one file")
     parser.add_argument("--prompt", action="append", required=True, help="what the clip shows; repeat it for more clips")
     parser.add_argument("--seed", type=between(0, 2**63 - 1), default=0, help="of each clip (default: 0)")
     steps_help = f"evaluations of the student (default: its own) or steps of the teacher (default: {TEACHER_STEPS})"
@@ -168,7 +172,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--frames",
         type=between(1, 1024),
-        help=f"default: the student's; of the teacher {DataConfig().frames}; more are made in windows",
+        help="default: those it was trained on; more are made in windows",
     )
     parser.add_argument("--fps", type=between(1, 240), default=8, help="frames a second of the video (default: 8)")
     parser.add_argument("--height", type=between(8, 8192), help="pixels (default: the model's)")

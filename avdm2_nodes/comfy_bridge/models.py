@@ -13,9 +13,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ..diffusion import student_file
+from ..diffusion.recognise import require
 from ..diffusion.stack import load_image_unet, load_motion, load_stack
 from ..diffusion.unets import Predictor, image_predictor, video_predictor, video_unet
-from ..diffusion.windows import teacher_window, windowed
+from ..diffusion.windows import ANIMATEDIFF_FRAMES, windowed
 from . import files, memory, native
 from .progress import interruptible
 from .text import StackCLIP
@@ -72,20 +73,21 @@ def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None
 
     One of the errors of the rooms below where something is missing or does not fit.
     """
-    if folder := files.stack_folders().get(checkpoint):
+    folder = files.stack_folders().get(checkpoint)
+    adapter = load_motion_choice(motion, folder)  # before the checkpoint: the smaller file fails faster
+    if folder:
         stack = load_stack(folder, with_motion=False)
         clip, vae = StackCLIP(stack.tokenizer, stack.text_encoder), native.native_vae(stack.vae)
-        latent_format = native.stack_latent_format(stack.vae)
+        latent_format, frames = native.stack_latent_format(stack), stack.frames
         image_unet = lambda: load_image_unet(folder)  # noqa: E731
     else:
-        folder, path = None, files.model_file(files.CHECKPOINTS, checkpoint)
+        path = files.model_file(files.CHECKPOINTS, checkpoint)
         loaded, clip, vae = load_checkpoint(path, with_model=model is None)
-        latent_format = (model or loaded).model.latent_format
+        latent_format, frames = (model or loaded).model.latent_format, ANIMATEDIFF_FRAMES
         image_unet = lambda: native.image_unet_of(load_checkpoint(path)[0], str(path))  # noqa: E731
     if model is not None:
         image_unet = lambda: native.image_unet_of(model)  # noqa: E731
     base = image_unet()
-    adapter = load_motion_choice(motion, folder)
     with torch.device("meta"):
         architecture = UNet2DConditionModel.from_config(base.config)
     teacher = Teacher(
@@ -94,14 +96,15 @@ def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None
         architecture=architecture,
         base_hash=student_file.weights_hash(base),
         empty_text=clip.encode_from_tokens_scheduled(clip.tokenize(""))[0][0].float().cpu(),
-        frames=teacher_window(adapter.config.motion_max_seq_length),
+        frames=min(frames, adapter.config.motion_max_seq_length),
         image_unet=image_unet,
     )
     return teacher, clip, vae
 
 
 def load_checkpoint(path: Path, with_model: bool = True):
-    """ComfyUI's (MODEL or None, CLIP, VAE) of a single-file checkpoint."""
+    """ComfyUI's (MODEL or None, CLIP, VAE) of an SD1.5 checkpoint. FileFormatError, before it is loaded, for any other file."""
+    require(path, ("sd15",), "an SD1.5 checkpoint")
     embeddings = folder_paths.get_folder_paths("embeddings")
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
         str(path), output_vae=True, output_clip=True, embedding_directory=embeddings, output_model=with_model

@@ -9,6 +9,8 @@ import comfy.utils
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 
+from ..diffusion.stack import Stack
+
 
 class NativeModelError(ValueError):
     """A MODEL or VAE that does not fit; the message is one sentence."""
@@ -64,10 +66,13 @@ def _diffusers_config(said: dict) -> dict:
     }
 
 
-def stack_latent_format(vae) -> comfy.latent_formats.LatentFormat:
-    """The latent format of a stack: its VAE's scale, and colours for previews where they are known."""
-    latent_format = comfy.latent_formats.SD15(vae.config.scaling_factor)
-    latent_format.latent_channels = vae.config.latent_channels
+def stack_latent_format(stack: Stack) -> comfy.latent_formats.LatentFormat:
+    """The latent format of a stack: its VAE's scale, and its own colours of previews where it has them, else SD1.5's."""
+    latent_format = comfy.latent_formats.SD15(stack.vae.config.scaling_factor)
+    latent_format.latent_channels = stack.vae.config.latent_channels
+    for name in ("latent_rgb_factors", "latent_rgb_factors_bias"):
+        if name in stack.facts:
+            setattr(latent_format, name, stack.facts[name])
     return latent_format
 
 

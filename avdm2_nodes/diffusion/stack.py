@@ -1,7 +1,7 @@
-"""A diffusion stack in diffusers' folder layout: tokenizer, text encoder, VAE, image UNet and motion adapter."""
+"""A diffusion stack (tokenizer, text encoder, VAE, image UNet, motion adapter): a diffusers folder, or files as people have them."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -10,7 +10,10 @@ from diffusers import AutoencoderKL, AutoencoderTiny, MotionAdapter, UNet2DCondi
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .motion_file import load_motion_file
+from .sd15_file import clip_tokenizer, load_sd15_file
 from .unets import require_matching_motion, video_unet
+from .windows import ANIMATEDIFF_FRAMES
 
 
 class StackError(ValueError):
@@ -22,7 +25,7 @@ _VAES = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
 
 @dataclass
 class Stack:
-    """The parts of a teacher, loaded from `folder` in float32 on the CPU, in evaluation mode and frozen."""
+    """The parts of a teacher, loaded from `folder` (or one file) in float32 on the CPU, in evaluation mode and frozen."""
 
     folder: Path
     tokenizer: CLIPTokenizer
@@ -30,6 +33,7 @@ class Stack:
     vae: AutoencoderTiny | AutoencoderKL
     image_unet: UNet2DConditionModel
     motion: MotionAdapter | None  # None for image models alone
+    facts: dict = field(default_factory=dict)  # of `stack.json`, which has what diffusers' own files have no place for
 
     @cached_property
     def teacher(self):
@@ -40,6 +44,11 @@ class Stack:
     def pixels(self) -> int:
         """Pixels a side of a latent."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def frames(self) -> int:
+        """Frames of the clips that the motion modules were trained on: `stack.json`'s, else AnimateDiff's."""
+        return self.facts.get("frames", ANIMATEDIFF_FRAMES)
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Tensor:
@@ -80,24 +89,48 @@ def decode_clips(vae, clips: Tensor, batch: int = 32) -> Tensor:
     return pixels.permute(0, 2, 3, 1).unflatten(0, (clips.shape[0], clips.shape[2]))
 
 
-def load_stack(folder: Path, motion: Path | None = None, with_motion: bool = True) -> Stack:
-    """Loads a stack; `motion` names another motion adapter's folder. Raises StackError, naming what is missing or wrong."""
-    folder = Path(folder)
-    _require_folder(folder)
-    stack = Stack(
-        folder,
-        _load(CLIPTokenizer, folder / "tokenizer"),
-        _frozen(_load(CLIPTextModel, folder / "text_encoder")),
-        load_vae(folder / "vae"),
-        load_image_unet(folder / "unet"),
-        load_motion(motion or folder / "motion_adapter") if with_motion else None,
-    )
-    if stack.motion is not None:
-        try:
-            require_matching_motion(stack.image_unet, stack.motion)
-        except ValueError as error:
-            raise StackError(str(error)) from error
-    return stack
+def load_stack(path: Path, motion: Path | None = None, with_motion: bool = True, tokenizer: Path | None = None) -> Stack:
+    """Loads a stack: a folder in the diffusers layout, or an SD1.5 checkpoint in one file.
+
+    `motion` names a motion adapter's folder or a file of motion modules, which a checkpoint in one file needs; `tokenizer` a folder
+    with CLIP's vocabulary for it (else `sd15_file.clip_tokenizer`'s). Raises StackError, naming what is missing or wrong.
+    """
+    path = Path(path)
+    if path.is_file():
+        unet, vae, text_encoder = _told(load_sd15_file, path)
+        tokenizer = _told(clip_tokenizer, tokenizer)
+        if with_motion and motion is None:
+            raise StackError(f"Expected motion modules for {path}, which holds none, found none named; name a file or folder.")
+    else:
+        _require_folder(path)
+        tokenizer = _load(CLIPTokenizer, tokenizer or path / "tokenizer")
+        text_encoder, vae = _frozen(_load(CLIPTextModel, path / "text_encoder")), load_vae(path / "vae")
+        unet = load_image_unet(path / "unet")
+    adapter = load_motion(motion or path / "motion_adapter") if with_motion else None
+    if adapter is not None:
+        _told(require_matching_motion, unet, adapter)
+    return Stack(path, tokenizer, text_encoder, vae, unet, adapter, _facts(path / "stack.json"))
+
+
+def _told(function, *args):
+    """What `function` gives; its ValueError, a sentence already, as StackError."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise StackError(str(error)) from error
+
+
+def _facts(path: Path) -> dict:
+    """`frames` of the clips trained on, and `latent_rgb_factors` (C, 3) and `latent_rgb_factors_bias` (3) for previews; each may lack."""
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StackError(f"Expected JSON in {path}, found: {error}; correct or remove it.") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("frames", 1), int):
+        raise StackError(f"Expected an object whose frames are a whole number in {path}, found another; correct or remove it.")
+    return facts
 
 
 def load_vae(folder: Path) -> AutoencoderTiny | AutoencoderKL:
@@ -108,15 +141,18 @@ def load_vae(folder: Path) -> AutoencoderTiny | AutoencoderKL:
     return _frozen(_load(_VAES[name], Path(folder)))
 
 
-def load_image_unet(folder: Path) -> UNet2DConditionModel:
-    """The image UNet in a diffusers folder (one that holds `config.json`, or a stack that holds `unet`), float32 and frozen."""
-    folder = Path(folder)
-    return _frozen(_load(UNet2DConditionModel, folder / "unet" if (folder / "unet").is_dir() else folder))
+def load_image_unet(path: Path) -> UNet2DConditionModel:
+    """An image UNet, float32 and frozen: a diffusers folder (of its own, or with `unet` in it) or an SD1.5 checkpoint in one file."""
+    path = Path(path)
+    if path.is_file():
+        return _told(load_sd15_file, path)[0]
+    return _frozen(_load(UNet2DConditionModel, path / "unet" if (path / "unet").is_dir() else path))
 
 
-def load_motion(folder: Path) -> MotionAdapter:
-    """The motion adapter in a diffusers folder, float32 and frozen."""
-    return _frozen(_load(MotionAdapter, Path(folder)))
+def load_motion(path: Path) -> MotionAdapter:
+    """Motion modules, float32 and frozen: a diffusers folder, or a file as people have them (`motion_file.load_motion_file`)."""
+    path = Path(path)
+    return _told(load_motion_file, path) if path.is_file() else _frozen(_load(MotionAdapter, path))
 
 
 def _frozen(module):

@@ -8,11 +8,6 @@ from .unets import Predictor
 ANIMATEDIFF_FRAMES = 16  # of the clips that AnimateDiff's motion modules were trained on (arXiv 2307.04725)
 
 
-def teacher_window(known_frames: int) -> int:
-    """Frames of a window for a teacher whose motion modules have position encodings for `known_frames`."""
-    return min(ANIMATEDIFF_FRAMES, known_frames)
-
-
 def window_starts(frames: int, length: int, overlap: int) -> list[int]:
     """First frames of windows of `length` that cover `frames`, each sharing at least `overlap` frames with the one before.
 

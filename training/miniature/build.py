@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from training.evaluation import feature_net
 from training.miniature import world
 from training.miniature.models import new_image_unet, new_motion_adapter, new_text_encoder, write_tokenizer
 from training.miniature.stage import KernelMuon, adamw, run_stage
-from training.miniature.vae import crop_where_colourful, new_vae, vae_losses
+from training.miniature.vae import crop_where_colourful, new_vae, preview_colours, vae_losses
 from training.precision import autocast
 
 logger = logging.getLogger(__name__)
@@ -68,10 +69,12 @@ class Round:
 
 
 def save_half(module: nn.Module, folder: Path) -> None:
-    """Writes a part of the stack as float16, without the path that it was loaded from."""
+    """Writes a part of the stack as float16, without the path that it was loaded from and what its class would not take again."""
     module.half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config.pop("_name_or_path", None)
+    if isinstance(module, AutoencoderTiny):
+        config.pop("block_out_channels", None)  # derived; diffusers warns of it at each load
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -113,11 +116,24 @@ def build_vae(turn: Round) -> dict:
     kernels, biases = [p for p in vae.parameters() if p.ndim > 1], [p for p in vae.parameters() if p.ndim == 1]
     optimisers = [KernelMuon(kernels, lr=turn.lr), adamw(biases, lr=turn.lr / 2, weight_decay=0.0)]
     figures = turn.train(vae, losses, optimisers, ema_decay=0.995)
+    images = to_images(probe_of(frames))
     with torch.no_grad(), autocast(CPU):
-        latents = torch.cat([vae.encode(part).latents for part in to_images(probe_of(frames)).split(64)]).float()
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+        latents = torch.cat([vae.encode(part).latents for part in images.split(64)]).float()
+    scale = round(1 / latents.std().item(), 4)
+    vae.register_to_config(scaling_factor=scale)
     save_half(vae, stack / "vae")
+    factors, bias = preview_colours(latents * scale, images)
+    write_facts(stack / "stack.json", factors, bias)
     return figures | {"scaling_factor": vae.config.scaling_factor, "psnr_db": psnr(stack, frames)}
+
+
+def write_facts(path: Path, factors: Tensor, bias: Tensor) -> None:
+    """What diffusers' own files have no place for: the frames of the clips trained on, and the colours of previews."""
+    colours = {
+        "latent_rgb_factors": [[round(x, 4) for x in row] for row in factors.tolist()],
+        "latent_rgb_factors_bias": [round(x, 4) for x in bias.tolist()],
+    }
+    path.write_text(json.dumps({"frames": world.FRAMES, **colours}, indent=1) + "\n")
 
 
 def build_decoder(turn: Round) -> dict:
@@ -317,7 +333,7 @@ def build_features(turn: Round, batch: int = 16) -> dict:
 STAGES = {
     "vae": (build_vae, [(4500, 2e-3)]),
     "image": (build_image, [(3600, 1.5e-3), (2000, 1.5e-3)]),
-    "motion": (build_motion, [(1000, 1e-3), (2500, 4e-3)]),
+    "motion": (build_motion, [(1000, 1e-3), (2500, 4e-3), (800, 2.5e-3)]),
     "style": (build_style, [(2000, 7e-4)]),
     "decoder": (build_decoder, [(2000, 1e-3)]),
     "features": (build_features, [(3000, 2e-3)]),

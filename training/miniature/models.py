@@ -82,7 +82,7 @@ def new_image_unet() -> UNet2DConditionModel:
 
 
 def new_motion_adapter() -> MotionAdapter:
-    """v3-like: no motion module in the mid block, a position encoding of 32 frames, nothing added yet (`proj_out` zero)."""
+    """v3-like: no motion module in the mid block, positions for 32 frames, nothing added yet (`proj_out` zero)."""
     return zero_motion(
         MotionAdapter(
             block_out_channels=WIDTHS,

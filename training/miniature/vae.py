@@ -49,3 +49,15 @@ def vae_losses(vae: AutoencoderTiny, images: Tensor, generator: torch.Generator)
     reconstruction = reconstruction_loss(decoded, images)
     mse = F.mse_loss(decoded.clamp(-1, 1), images)
     return {"loss": reconstruction + 0.1 * moments, "psnr": -10 * torch.log10(mse / 4), "std": std.mean()}
+
+
+def preview_colours(latents: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (C, 3) and bias (3,) that turn latents (N, C, h, w) into the mean colours -1..1 of their patches, by least squares.
+
+    images (N, 3, H, W) in -1..1. ComfyUI previews with such factors while it samples.
+    """
+    patches = torch.nn.functional.adaptive_avg_pool2d(images, latents.shape[2:])
+    x = latents.permute(0, 2, 3, 1).flatten(0, 2).double()
+    y = patches.permute(0, 2, 3, 1).flatten(0, 2).double()
+    solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1), y).solution
+    return solution[:-1].float(), solution[-1].float()

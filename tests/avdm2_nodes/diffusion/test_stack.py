@@ -94,3 +94,17 @@ def test_a_damaged_config_and_a_vae_of_another_kind_are_refused(folder):
     assert "found 'VQModel'" in refusal(folder)
     config.write_text(text[:20])
     assert "config.json" in refusal(folder)
+
+
+def test_facts_beside_the_parts_are_read_and_may_lack(folder):
+    assert load_stack(folder).frames == 16 and load_stack(folder).facts == {}
+    (folder / "stack.json").write_text('{"frames": 8, "latent_rgb_factors_bias": [0, 0, 1]}')
+    stack = load_stack(folder)
+    assert stack.frames == 8 and stack.facts["latent_rgb_factors_bias"] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"frames": "many"}'])
+def test_damaged_facts_are_refused(folder, text):
+    (folder / "stack.json").write_text(text)
+    with pytest.raises(StackError, match=r"Expected .* in .*stack\.json, found.*; correct or remove it"):
+        load_stack(folder)
