@@ -72,7 +72,7 @@ def test_what_these_formats_have_no_place_for_is_refused(students, tmp_path):
 
 def test_nothing_is_overwritten_and_no_half_is_left(students, tmp_path, monkeypatch):
     (tmp_path / "m_lora.safetensors").write_text("mine")
-    with pytest.raises(StudentFileError, match="found m_lora.safetensors there already"):
+    with pytest.raises(StudentFileError, match=r"found m_lora\.safetensors there already"):
         export_animatediff(students["motion+lora"], tmp_path, "m")
     assert [p.name for p in tmp_path.iterdir()] == ["m_lora.safetensors"]
     broken = dataclasses.replace(students["motion+lora"], tensors={**students["motion"].tensors})

@@ -1,9 +1,12 @@
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from avdm2_nodes.diffusion.stack import StackError, load_image_unet, load_stack
+from tests.avdm2_nodes.diffusion.original_layouts import TINY, original_checkpoint, original_motion, values
 
 
 @pytest.fixture
@@ -108,3 +111,38 @@ def test_damaged_facts_are_refused(folder, text):
     (folder / "stack.json").write_text(text)
     with pytest.raises(StackError, match=r"Expected .* in .*stack\.json, found.*; correct or remove it"):
         load_stack(folder)
+
+
+# ---- files as people have them ----
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, stack_folder):
+    """A checkpoint in one file and motion modules, of SD1.5's layout at a small width; a folder with a vocabulary."""
+    folder = tmp_path_factory.mktemp("files")
+    save_file(values(original_checkpoint(**TINY)), folder / "model.safetensors")
+    save_file(values(original_motion(TINY["widths"])), folder / "motion.safetensors")
+    save_file({"lora_unet_mid_block.lora_down.weight": torch.ones(2, 2)}, folder / "lora.safetensors")
+    return folder
+
+
+def test_a_stack_of_files(files, monkeypatch):
+    monkeypatch.setattr("avdm2_nodes.diffusion.stack.clip_tokenizer", lambda folder: ("tokenizer of", folder))
+    stack = load_stack(files / "model.safetensors", files / "motion.safetensors", tokenizer=files)
+    assert stack.tokenizer == ("tokenizer of", files) and stack.frames == 16 and stack.pixels == 8
+    text = torch.randn(2, 5, TINY["text"], generator=torch.Generator().manual_seed(0))
+    clip = torch.randn(1, 4, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert stack.teacher(clip, 10, text).sample.isfinite().all()
+    assert torch.equal(load_image_unet(files / "model.safetensors").conv_in.weight, stack.image_unet.conv_in.weight)
+
+
+def test_a_checkpoint_in_one_file_needs_motion_and_a_vocabulary(files, monkeypatch):
+    assert "neither a folder with vocab.json" in refusal(files / "model.safetensors") or find_spec("open_clip")
+    monkeypatch.setattr("avdm2_nodes.diffusion.stack.clip_tokenizer", lambda folder: None)
+    assert "found none named" in refusal(files / "model.safetensors")
+
+
+def test_other_files_are_told_as_what_they_are(files, stack_folder):
+    assert "motion module" in refusal(files / "motion.safetensors", with_motion=False)
+    assert "LoRA" in refusal(stack_folder, files / "lora.safetensors")
+    assert "widths" in refusal(stack_folder, files / "motion.safetensors")
