@@ -41,8 +41,8 @@ class Layout:
 class Kind:
     """What a file is: `id`, which stays as it is, for code, and `phrase`, with its article, for people.
 
-    Ids: student · sd15, sd2, sdxl, sd3, flux, svd, each for a whole checkpoint, with -inpainting, -edit or -depth for other input
-    channels, and -unet for a UNet or transformer alone · motion-v1, -v2, -v3, -animatelcm, -sdxl, -other · motion-lora ·
+    Ids: student · sd15, sd2, sdxl, sd3, flux, svd, each for a whole checkpoint, with -inpainting, -edit, -depth or -other for other
+    input channels, and -unet for a UNet or transformer alone · motion-v1, -v2, -v3, -animatelcm, -sdxl, -other · motion-lora ·
     lora, lora-sdxl, lora-other · video-unet · vae · text-encoder · image-encoder · controlnet · ip-adapter · t2i-adapter ·
     textual-inversion · unknown.
     """
@@ -291,7 +291,7 @@ def _lora(shapes: Mapping[str, tuple]) -> Kind | None:
     text_widths = {shapes[name][1] for name in keys if reads_text.search(name) and len(shapes[name]) > 1}
     if 2048 in text_widths or _has(keys, "lora_te2_", "text_encoder_2"):
         return Kind("lora-sdxl", f"an SDXL LoRA ({naming} keys)")
-    if _has(keys, "attn1", "attn2", "resnets", "lora_te_", "text_encoder", "lora_unet_"):
+    if _has(keys, "down_blocks", "up_blocks", "mid_block", "input_blocks", "output_blocks", "text_model"):
         return Kind("lora", f"an SD LoRA ({naming} keys)")
     return Kind("lora-other", f"a LoRA of another family ({naming} keys)")
 

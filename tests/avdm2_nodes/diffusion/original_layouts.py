@@ -9,7 +9,7 @@ import math
 import torch
 
 SD15 = {"widths": (320, 640, 1280, 1280), "text": 768, "vae": (128, 256, 512, 512)}
-TINY = {"widths": (32, 32, 64, 64), "text": 128, "vae": (32, 32, 64, 64), "text_layers": 2, "tokens": 300}
+TINY = {"widths": (32, 64, 96, 96), "text": 128, "vae": (32, 64, 96, 96), "text_layers": 2, "tokens": 300}
 
 
 def layer(name, out, into, kernel=(), bias=True):

@@ -434,6 +434,25 @@ def test_loras(down, up, alpha, expected):
         assert recognise(Layout(shapes | {down: (4, 2048)})).phrase.startswith("an SDXL LoRA")
 
 
+def test_loras_of_other_families_and_of_text_alone():
+    for name, expected in (
+        ("lora_unet_blocks_0_self_attn_q", "lora-other"),
+        ("diffusion_model.blocks.0.cross_attn.k", "lora-other"),
+        ("transformer.transformer_blocks.0.attn1.to_q", "lora-other"),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora"),
+        ("lora_unet_input_blocks_4_1_proj_in", "lora"),
+        ("lora_te2_text_model_encoder_layers_0_mlp_fc1", "lora-sdxl"),
+    ):
+        assert recognise(Layout({f"{name}.lora_down.weight": (4, 64), f"{name}.lora_up.weight": (64, 4)})).id == expected
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,) * 5])
+def test_shapes_that_no_model_has_are_recognised_or_unknown(shape):
+    names = [*original_checkpoint(**SD15), *original_motion(mid=True), "clip_l", "lora_unet_attn2_to_k.lora_down.weight"]
+    for chosen in (names, names[:5], *([name] for name in names[::97])):
+        assert recognise(Layout(dict.fromkeys(chosen, shape))).phrase
+
+
 def test_a_student_is_told_by_its_metadata():
     assert recognise(Layout(original_motion(), {"avdm2.format_version": "1"})).id == "student"
     assert recognise(Layout(original_motion(), {"modelspec.title": "x"})).id == "motion-v3"

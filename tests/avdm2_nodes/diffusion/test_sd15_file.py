@@ -317,8 +317,8 @@ def test_what_a_lora_file_holds(lora, lora_file, tmp_path):
         "lora_unet_mid_block_resnets_0_conv1",
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_out_0",
     )
-    assert found[f"{conv}.lora_down.weight"].shape == (RANK, 64, 3, 3)
-    assert found[f"{conv}.lora_up.weight"].shape == (64, RANK, 1, 1)
+    assert found[f"{conv}.lora_down.weight"].shape == (RANK, 96, 3, 3)
+    assert found[f"{conv}.lora_up.weight"].shape == (96, RANK, 1, 1)
     assert found[f"{linear}.lora_down.weight"].shape == (RANK, 32) and found[f"{linear}.lora_up.weight"].shape == (32, RANK)
     assert found[f"{conv}.alpha"].shape == () and found[f"{conv}.alpha"].item() == ALPHA
     assert len(found) == 3 * len(lora_layers(lora, 1.0))
