@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .motion_file import export_motion_file
+from .motion_file import HEADS_KEY, export_motion_file
 from .sd15_file import export_lora_file, lora_layers
 from .student_file import SUFFIX, Student, StudentFileError, positions, student_path
 
@@ -26,6 +26,7 @@ def export_animatediff(student: Student, folder: Path, name: str) -> list[Path]:
         raise StudentFileError(f"Expected a new name, found {taken.name} there already; choose another name.")
     stem.parent.mkdir(parents=True, exist_ok=True)
     metadata = {key: text for key, text in info.to_metadata().items() if key.startswith("modelspec.")}
+    metadata[HEADS_KEY] = str(info.unet_config.get("motion_num_attention_heads", 8))
     try:
         export_motion_file(student.tensors | positions(student), paths[0], metadata)
         if info.holds == "motion":

@@ -14,7 +14,7 @@ from diffusers import MotionAdapter
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor
 
-from .recognise import FileFormatError, motion_widths, read_tensors, require, write_tensors
+from .recognise import FileFormatError, motion_widths, read_layout, read_tensors, require, write_tensors
 
 _KINDS = ("motion-v1", "motion-v2", "motion-v3", "motion-animatelcm")
 _ANIMATELCM_FRAMES = 64  # it keeps no position encoding; AnimateDiff-Evolved takes this length
@@ -33,15 +33,20 @@ _BLOCK = re.compile(r"(.*\.transformer_blocks\.\d+\.)(.*)")
 _MODULE = re.compile(r"(.*\bmotion_modules\.\d+\.)(.*)")
 
 
-def load_motion_file(path: Path, heads: int = 8, norm_groups: int = 32) -> MotionAdapter:
+HEADS_KEY = "avdm2.motion_heads"  # of the metadata: the shapes do not tell
+
+
+def load_motion_file(path: Path, heads: int | None = None, norm_groups: int = 32) -> MotionAdapter:
     """The motion modules in a file: v1, v2, v3, AnimateDiff-Lightning or AnimateLCM, float32 on the CPU, frozen.
 
     Widths, layers, mid block and length come from the shapes, the position encodings from the file (AnimateLCM has none and gets
-    diffusers' sinusoid of 64 frames). `heads` and `norm_groups` leave no trace in a file: the defaults are those of every
-    published module. FileFormatError for a file that is something else, damaged, or made for another number of heads.
+    diffusers' sinusoid of 64 frames). Heads leave no trace in the shapes: unless given they are those that our exports note in the
+    metadata, else 8 as in every published module, as are 32 norm groups (a video UNet takes its own). FileFormatError for a file that is something else, damaged, or made for another number of heads.
     """
     path = Path(path)
     kind = require(path, _KINDS, "an AnimateDiff motion module for SD1.5")
+    noted = read_layout(path).metadata.get(HEADS_KEY, "8")
+    heads = heads or (int(noted) if noted.isdecimal() and int(noted) else 8)
     original = read_tensors(path)
     for key, tensor in original.items():
         if key.endswith(_POSITIONS[0]):

@@ -187,7 +187,7 @@ def write_student(path: Path, tensors: Mapping[str, Tensor], info: StudentInfo) 
         mode = stat.S_IMODE(temporary.stat().st_mode)
         save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary, info.to_metadata())
         temporary.chmod(mode)  # safetensors leaves a file that only its owner can read
-        with temporary.open("rb") as file:
+        with temporary.open("rb+") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:

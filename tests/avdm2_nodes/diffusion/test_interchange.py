@@ -42,7 +42,8 @@ def test_the_files_hold_the_student(stack, students, tmp_path):
     assert recognise(read_layout(motion_path)).id.startswith("motion-") and recognise(read_layout(lora_path)).id == "lora"
     assert "modelspec.title" in read_layout(lora_path).metadata
     # The way that others go: the motion modules into a video UNet, then the LoRA by diffusers' own loader.
-    motion = load_motion_file(motion_path, heads=2, norm_groups=8)
+    motion = load_motion_file(motion_path, norm_groups=8)
+    assert motion.config.motion_num_attention_heads == 2  # noted in the metadata, for the shapes do not tell
     theirs = UNetMotionModel.from_unet2d(stack.image_unet, motion)
     from diffusers import AnimateDiffPipeline, DDIMScheduler
 
