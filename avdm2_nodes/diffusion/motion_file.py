@@ -41,7 +41,8 @@ def load_motion_file(path: Path, heads: int | None = None, norm_groups: int = 32
 
     Widths, layers, mid block and length come from the shapes, the position encodings from the file (AnimateLCM has none and gets
     diffusers' sinusoid of 64 frames). Heads leave no trace in the shapes: unless given they are those that our exports note in the
-    metadata, else 8 as in every published module, as are 32 norm groups (a video UNet takes its own). FileFormatError for a file that is something else, damaged, or made for another number of heads.
+    metadata, else 8 as in every published module, as are 32 norm groups (a video UNet takes its own). FileFormatError for a file
+    that is something else, damaged, or made for another number of heads.
     """
     path = Path(path)
     kind = require(path, _KINDS, "an AnimateDiff motion module for SD1.5")
