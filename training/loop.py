@@ -135,11 +135,13 @@ class Distillation:
 
     def draw_frames(self, made: Made, clips: Tensor, generators, t_min: int, t_max: int) -> tuple[Tensor, ...]:
         """K random frames of each clip (B * K, C, h, w), and noise, timesteps (B * K,) and text (B * K, L, D) for them."""
-        count = self.config.sdm.frames
+        config, count = self.config.sdm, self.config.sdm.frames
+        draws = 1 if config.shared_noise else count
         chosen = draw_frames(generators, clips.shape[2], count).to(self.device)
         frames = clips.transpose(1, 2)[torch.arange(len(clips), device=self.device)[:, None], chosen]
-        t = torch.stack([draw_timesteps(generators, t_min, t_max) for _ in range(count)], 1).to(self.device)
-        noise = draw_noise(frames.shape, generators, self.device)
+        t = torch.stack([draw_timesteps(generators, t_min, t_max) for _ in range(draws)], 1).to(self.device)
+        noise = draw_noise((len(clips), draws, *frames.shape[2:]), generators, self.device)
+        t, noise = t.expand(-1, count), noise.expand(-1, count, -1, -1, -1)
         return frames.flatten(0, 1), noise.flatten(0, 1), t.flatten(), made.text.repeat_interleave(count, 0)
 
     def diffuse(self, clips: Tensor, generators) -> tuple[Tensor, Tensor]:
