@@ -334,7 +334,7 @@ STAGES = {
     "vae": (build_vae, [(4500, 2e-3)]),
     "image": (build_image, [(3600, 1.5e-3), (2000, 1.5e-3)]),
     "motion": (build_motion, [(1000, 1e-3), (2500, 4e-3), (800, 2.5e-3)]),
-    "style": (build_style, [(2000, 7e-4)]),
+    "style": (build_style, [(1000, 7e-4)]),
     "decoder": (build_decoder, [(2000, 1e-3)]),
     "features": (build_features, [(3000, 2e-3)]),
 }
