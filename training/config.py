@@ -97,7 +97,9 @@ class StudentConfig(Section):
 class SdmConfig(Section):
     weight: float = Field(0.5, ge=0, description="of 2D score distribution matching in the student's loss; 0 leaves it out")
     frames: int = Field(2, ge=1, description="random frames per clip that it looks at")
-    shared_noise: bool = Field(False, description="frames of a clip get the same timestep and noise, so that they are moved alike")
+    shared_noise: bool = Field(
+        False, description="frames of a clip get the same timestep and noise, so that they are moved alike"
+    )
     guidance: float = Field(2.0, ge=0, description="CFG scale of the real score")
     t_min: Timestep = Field(20, description="lowest timestep")
     t_max: Timestep = Field(980, description="highest timestep")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import comfy.latent_formats
 import comfy.sd
 import folder_paths
 import torch
@@ -82,9 +83,9 @@ def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None
         image_unet = lambda: load_image_unet(folder)  # noqa: E731
     else:
         path = files.model_file(files.CHECKPOINTS, checkpoint)
-        loaded, clip, vae = load_checkpoint(path, with_model=model is None)
-        latent_format, frames = (model or loaded).model.latent_format, ANIMATEDIFF_FRAMES
-        image_unet = lambda: native.image_unet_of(load_checkpoint(path)[0], str(path))  # noqa: E731
+        _, clip, vae = load_checkpoint(path, model=False)
+        latent_format, frames = comfy.latent_formats.SD15(), ANIMATEDIFF_FRAMES
+        image_unet = lambda: native.image_unet_of(load_checkpoint(path, others=False)[0], str(path))  # noqa: E731
     if model is not None:
         image_unet = lambda: native.image_unet_of(model)  # noqa: E731
     base = image_unet()
@@ -102,14 +103,16 @@ def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None
     return teacher, clip, vae
 
 
-def load_checkpoint(path: Path, with_model: bool = True):
-    """ComfyUI's (MODEL or None, CLIP, VAE) of an SD1.5 checkpoint. FileFormatError, before it is loaded, for any other file."""
+def load_checkpoint(path: Path, model: bool = True, others: bool = True):
+    """ComfyUI's (MODEL, CLIP, VAE) of an SD1.5 checkpoint, None for what is not asked for.
+
+    FileFormatError, before it is loaded, for any other file.
+    """
     require(path, ("sd15",), "an SD1.5 checkpoint")
     embeddings = folder_paths.get_folder_paths("embeddings")
-    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
-        str(path), output_vae=True, output_clip=True, embedding_directory=embeddings, output_model=with_model
-    )
-    return model, clip, vae
+    return comfy.sd.load_checkpoint_guess_config(
+        str(path), output_vae=others, output_clip=others, embedding_directory=embeddings, output_model=model
+    )[:3]
 
 
 def load_motion_choice(name: str, folder: Path | None):
@@ -157,7 +160,7 @@ def with_style(student: Student, checkpoint: str, model: ModelPatcher | None, st
         name, unet = checkpoint, load_image_unet(folder)
     else:
         path = files.model_file(files.CHECKPOINTS, checkpoint)
-        name, unet = checkpoint, native.image_unet_of(load_checkpoint(path)[0], str(path))
+        name, unet = checkpoint, native.image_unet_of(load_checkpoint(path, others=False)[0], str(path))
     require_same_family(unet, student.teacher)
     source = student.styles[0].source if student.styles else _image_patcher(student.teacher.image_unet(), student.teacher)
     style = Style(name, _image_patcher(unet, student.teacher), source, strength)

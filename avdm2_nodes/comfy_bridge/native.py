@@ -30,7 +30,8 @@ def image_unet_of(model, name: str = "the MODEL") -> UNet2DConditionModel:
             f"Expected a model that predicts noise in {name}, found {model.model.model_type.name.lower()} prediction; "
             "AnimateDiff and this student need the common SD1.5 kind."
         )
-    unet = UNet2DConditionModel(**_diffusers_config(said)).eval().requires_grad_(False)
+    with torch.device("meta"):  # its weights come from the MODEL
+        unet = UNet2DConditionModel(**_diffusers_config(said))
     patches = model.get_key_patches("diffusion_model.")
     weights = {}
     for ours, theirs in comfy.utils.unet_to_diffusers(said).items():
@@ -39,8 +40,8 @@ def image_unet_of(model, name: str = "the MODEL") -> UNet2DConditionModel:
             (weight, convert), *changes = entry
             weight = convert(weight.to("cpu", torch.float32, copy=True), inplace=True)
             weights[ours] = comfy.lora.calculate_weight(changes, weight, f"diffusion_model.{theirs}")
-    unet.load_state_dict(weights)
-    return unet
+    unet.load_state_dict(weights, assign=True)
+    return unet.eval().requires_grad_(False)
 
 
 def _kind(model) -> str:

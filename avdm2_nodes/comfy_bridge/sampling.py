@@ -24,7 +24,7 @@ def student_latent(student: Student, positive: list, latent: dict, seed: int, st
     device = student.patcher.load_device
     text, empty = (t.to(device) for t in of_one_length(text, teacher.empty_text))
     pulls = [
-        pulled(*pair, text, empty, style.strength, torch.Generator().manual_seed(seed + 1 + i))
+        pulled(*pair, text, empty, style.strength, torch.Generator().manual_seed((seed + 1 + i) % 2**64))
         for i, (style, pair) in enumerate(zip(student.styles, pairs, strict=True))
     ]
 

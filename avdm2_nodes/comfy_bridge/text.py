@@ -41,6 +41,11 @@ def text_of(conditioning: list, width: int, name: str = "positive") -> Tensor:
             f"Expected text embeddings of width {width} at {name}, found {text.shape[-1]}; encode the prompt with the CLIP of this "
             "model's own Teacher Loader."
         )
+    if len(text) != 1:
+        raise PromptError(
+            f"Expected one prompt for the whole clip at {name}, found {len(text)}, as nodes make that change the prompt from frame to "
+            "frame; use CLIP Text Encode."
+        )
     return text.float()
 
 

@@ -1,0 +1,266 @@
+"""ComfyUI for the tests: the checkout that COMFYUI_DIR names, in this process, on the CPU, its folders in a temporary one."""
+
+import asyncio
+import importlib
+import json
+import os
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from torch import nn
+
+from avdm2_nodes.diffusion.precision import sampling_dtype
+from avdm2_nodes.diffusion.samplers import draw_noise
+from avdm2_nodes.diffusion.stack import load_stack
+from avdm2_nodes.diffusion.student_file import (
+    StudentInfo,
+    read_student,
+    student_timesteps,
+    student_unet,
+    unet_config,
+    weights_hash,
+    write_student,
+)
+from training.sample import student_sampler, teacher_sampler
+
+ROOT = Path(__file__).resolve().parents[2]
+HOW_TO_RUN = "COMFYUI_DIR=/path/to/ComfyUI python -m pytest tests/avdm2_nodes, with a Python that has its requirements and ours"
+SCALE = 2.0  # of the latents; a power of two, so that scaling rounds nothing
+TIMESTEPS = (999, 800, 600, 300)  # a student's own, which are not the trailing ones
+WINDOW, TEACHER_WINDOW = 4, 5
+COLOURS = {"latent_rgb_factors": [[0.3, 0, 0], [0, 0.3, 0], [0, 0, 0.3], [0.1, 0.1, 0]], "latent_rgb_factors_bias": [0, 0, 0.2]}
+PROMPT = "a large blue circle moving left fast on a checked background"
+
+
+@pytest.fixture(scope="session")
+def comfyui_dir() -> Path:
+    """The checkout; skips where there is none."""
+    named = os.environ.get("COMFYUI_DIR")
+    if not named:
+        pytest.skip(f"needs ComfyUI: {HOW_TO_RUN}")
+    if not (Path(named) / "comfy" / "cli_args.py").is_file():
+        pytest.skip(f"expected a ComfyUI checkout in COMFYUI_DIR, found none at {named}: {HOW_TO_RUN}")
+    return Path(named).resolve()
+
+
+class ComfyUI:
+    """What tests use of ComfyUI, and the pack as ComfyUI loaded it."""
+
+    def __init__(self, base: Path, pack: str, nodes: ModuleType):
+        self.base, self.nodes, self._pack = base, nodes, pack
+
+    def run(self, node_id: str, **inputs) -> tuple:
+        """A node's outputs, run as the server does: without gradients and in inference mode."""
+        node = self.nodes.NODE_CLASS_MAPPINGS[node_id]
+        with torch.inference_mode():
+            result = getattr(node(), node.FUNCTION)(**inputs)
+        return getattr(result, "result", result)
+
+    def pack(self, name: str) -> ModuleType:
+        """A module of the pack that ComfyUI loaded; its classes are not those of the `avdm2_nodes` that a test imports."""
+        return importlib.import_module(f"{self._pack}.avdm2_nodes.{name}")
+
+    def prompt(self, clip, text=PROMPT):
+        return self.run("CLIPTextEncode", clip=clip, text=text)[0]
+
+    def empty(self, frames=3, height=32, width=64) -> dict:
+        return self.run("EmptyLatentImage", width=width, height=height, batch_size=frames)[0]
+
+
+@pytest.fixture(scope="session")
+def comfyui(comfyui_dir, tmp_path_factory):
+    """ComfyUI with the pack loaded from a link in its custom_nodes; skips where the checkout's requirements are not there."""
+    base = tmp_path_factory.mktemp("comfyui")
+    for name in ("custom_nodes", "input", "output", "temp", "user"):
+        (base / name).mkdir()
+    for kind in ("avdm2", "animatediff_models", "checkpoints", "diffusers", "embeddings", "loras"):
+        (base / "models" / kind).mkdir(parents=True)
+    link = base / "custom_nodes" / "AVDM2-for.ComfyUI"
+    link.symlink_to(ROOT, target_is_directory=True)
+    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
+    sys.path.insert(0, str(comfyui_dir))  # and it stays: ComfyUI imports parts of itself when they are used
+    try:
+        options = importlib.import_module("comfy.options")
+        options.enable_args_parsing()
+        nodes = importlib.import_module("nodes")
+    except ModuleNotFoundError as missing:
+        pytest.skip(f"expected this Python to have ComfyUI's requirements, found no {missing.name}: {HOW_TO_RUN}")
+    finally:
+        sys.argv = arguments
+    threads = torch.get_num_threads()
+    assert asyncio.run(nodes.load_custom_node(str(link))), "ComfyUI did not load the pack"
+    assert torch.get_num_threads() == threads
+    (pack,) = {name.removesuffix(".avdm2_nodes") for name in sys.modules if name.endswith(f"{link.suffix[1:]}.avdm2_nodes")}
+    return ComfyUI(base, pack, nodes)
+
+
+# ---- models to sample ----
+
+
+@pytest.fixture(scope="session")
+def node_stack_folder(stack_folder, tmp_path_factory) -> Path:
+    """The tiny stack with a VAE of a width that ComfyUI has, and its own image UNet again as the style `same`."""
+    folder = tmp_path_factory.mktemp("stacks") / "tiny"
+    shutil.copytree(stack_folder, folder)
+    shutil.rmtree(folder / "vae")
+    torch.manual_seed(5)
+    widths = (64,) * 4
+    vae = AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths, scaling_factor=SCALE)
+    nn.init.normal_(vae.decoder.layers[-1].weight, std=0.2)  # so that frames are not all of one grey
+    vae.save_pretrained(folder / "vae")
+    shutil.copytree(folder / "unet", folder / "styles" / "same")
+    (folder / "stack.json").write_text(json.dumps({"frames": TEACHER_WINDOW, **COLOURS}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def node_stack(node_stack_folder):
+    """That stack as the command line loads it; read only."""
+    return load_stack(node_stack_folder)
+
+
+@pytest.fixture(scope="session")
+def students(node_stack, tmp_path_factory) -> dict[str, Path]:
+    """Student files of the tiny stack by what they hold, every weight and position encoding moved from the teacher's."""
+    folder = tmp_path_factory.mktemp("students")
+    generator = torch.Generator().manual_seed(3)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    unet = node_stack.teacher
+    moved = {name: p + 0.03 * noise(*p.shape) for name, p in unet.named_parameters()}
+    moved |= {name: b + 0.3 * noise(*b.shape) for name, b in unet.named_buffers()}
+    tensors = {"all": moved, "motion": {name: t for name, t in moved.items() if "motion_modules" in name}}
+    lora = dict(tensors["motion"])
+    for name, p in unet.named_parameters():
+        if "motion_modules" not in name and p.ndim >= 2:  # linear layers, convolutions of both sizes
+            module, (out, *into) = name.removesuffix(".weight"), p.shape
+            lora[f"{module}.lora_A.weight"] = 0.2 * noise(2, *into)
+            lora[f"{module}.lora_B.weight"] = 0.1 * noise(out, 2, *(1 for _ in into[1:]))
+    tensors["motion+lora"] = lora
+    files = {}
+    for holds, weights in tensors.items():
+        ranks = {"lora_rank": 2, "lora_alpha": 3.0} if holds == "motion+lora" else {}
+        info = StudentInfo(
+            holds=holds, timesteps=TIMESTEPS, frames=WINDOW, height=32, width=64, unet_config=unet_config(unet), base_name="tiny",
+            base_hash=weights_hash(node_stack.image_unet), updates=7, training_config="seed: 3", title="untrained",
+            date="2026-01-31", license="Apache-2.0", **ranks,
+        )  # fmt: skip
+        files[holds] = folder / f"{holds}.safetensors"
+        write_student(files[holds], {name: t.half() for name, t in weights.items()}, info)
+    return files
+
+
+@pytest.fixture(scope="session")
+def model_folders(comfyui, node_stack_folder, students):
+    """The stack and the students where ComfyUI looks for them."""
+    (comfyui.base / "models" / "diffusers" / "tiny").symlink_to(node_stack_folder, target_is_directory=True)
+    for holds, file in students.items():
+        shutil.copy(file, comfyui.base / "models" / "avdm2" / f"{holds}.safetensors")
+    return comfyui.base / "models"
+
+
+@pytest.fixture(scope="session")
+def loaded(comfyui, model_folders):
+    """teacher, clip and vae of AVDM2 Teacher Loader, by these names; all tests share their memory, as the nodes of a graph do."""
+    outputs = comfyui.run("AVDM2TeacherLoader", checkpoint="tiny", motion_module="the checkpoint's own")
+    return SimpleNamespace(**dict(zip(("teacher", "clip", "vae"), outputs, strict=True)))
+
+
+@pytest.fixture(scope="session")
+def load_student(comfyui, model_folders, loaded):
+    """load_student("motion"): what AVDM2 Student Loader makes of that file, which all tests share."""
+
+    @cache
+    def load(holds):
+        return comfyui.run("AVDM2StudentLoader", student=f"{holds}.safetensors", teacher=loaded.teacher)[0]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def student(load_student):
+    return load_student("all")
+
+
+# ---- what the command line makes of them ----
+
+
+def in_sampling_dtype(unet):
+    nn.Module.to(unet, sampling_dtype(torch.device("cpu")))
+    return unet
+
+
+@pytest.fixture(scope="session")
+def student_network(node_stack, students):
+    """student_network("motion"): the video UNet of that file as the command line builds it; read only."""
+    return cache(lambda holds: in_sampling_dtype(student_unet(read_student(students[holds]), node_stack.image_unet)))
+
+
+def as_latent(clip):
+    """A clip in model space (1, C, F, h, w) as ComfyUI's LATENT samples (F, C, h, w)."""
+    return clip[0].transpose(0, 1) / SCALE
+
+
+@pytest.fixture(scope="session")
+def student_reference(student_network, students):
+    """student_reference(holds, text, (F, C, h, w), seed, steps): the LATENT of training/sample.py's own chain."""
+
+    @torch.no_grad()
+    def sample(holds, text, shape, seed, steps=4):
+        info = read_student(students[holds]).info
+        frames, channels, height, width = shape
+        generators = [torch.Generator().manual_seed(seed)]
+        noise = draw_noise((1, channels, frames, height, width), generators)
+        sampler = student_sampler(student_network(holds), student_timesteps(info.timesteps, steps), info.frames)
+        return as_latent(sampler(noise, text, generators))
+
+    return sample
+
+
+@pytest.fixture(scope="session")
+def teacher_reference(node_stack_folder):
+    """teacher_reference(text, empty_text, (F, C, h, w), seed, steps, cfg): likewise of the teacher."""
+
+    unet = in_sampling_dtype(load_stack(node_stack_folder).teacher)
+
+    def sample(text, empty_text, shape, seed, steps, cfg):
+        frames, channels, height, width = shape
+        generators = [torch.Generator().manual_seed(seed)]
+        noise = draw_noise((1, channels, frames, height, width), generators)
+        return as_latent(teacher_sampler(unet, empty_text, steps, cfg, TEACHER_WINDOW)(noise, text, generators))
+
+    return sample
+
+
+# ---- looking on ----
+
+
+@pytest.fixture
+def evaluations(loaded):
+    """(x_t (B, C, F, h, w), timestep) of each evaluation by the shared network, as it gets them."""
+    seen = []
+
+    def look(network, inputs):
+        seen.append((inputs[0].clone(), int(torch.as_tensor(inputs[1]).flatten()[0])))
+
+    handle = loaded.teacher.patcher.model.diffusion_model.register_forward_pre_hook(look)
+    yield seen
+    handle.remove()
+
+
+@pytest.fixture
+def progress(comfyui):
+    """(step, steps, preview) of each update of ComfyUI's progress bar, as its server gets them."""
+    utils = importlib.import_module("comfy.utils")
+    seen = []
+    utils.set_progress_bar_global_hook(lambda value, total, preview, node_id=None: seen.append((value, total, preview)))
+    yield seen
+    utils.set_progress_bar_global_hook(None)

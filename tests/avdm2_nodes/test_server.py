@@ -1,0 +1,314 @@
+"""The pack in a running ComfyUI, seen as a browser sees it: over HTTP and the websocket, with the bundled miniature."""
+
+import asyncio
+import importlib.util
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from PIL import Image
+
+from avdm2_nodes.diffusion.stack import load_stack
+from avdm2_nodes.diffusion.student_file import StudentInfo, read_student, unet_config, weights_hash, write_student
+from tests.avdm2_nodes.conftest import HOW_TO_RUN, PROMPT, ROOT
+
+pytestmark = pytest.mark.slow
+
+START, RUN = 900, 600  # seconds that the server and a prompt may take on a busy machine
+NODES = {
+    "AVDM2TeacherLoader", "AVDM2StudentLoader", "AVDM2StudentSampler", "AVDM2TeacherSampler", "AVDM2StyleTransfer",
+    "AVDM2SaveStudent",
+}  # fmt: skip
+GROWTH = 30  # MB that 50 prompts may add to what the server holds
+
+
+class Server:
+    """A ComfyUI of its own, its folders in `base`."""
+
+    def __init__(self, comfyui_dir: Path, base: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.base, self.log_file = base, base / "server.log"
+        command = [
+            sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
+            "--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--disable-auto-launch",
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=comfyui_dir, stdout=log, stderr=log, env=environment)
+
+    def wait_until_up(self):
+        until = time.monotonic() + START
+        while time.monotonic() < until:
+            assert self.process.poll() is None, f"ComfyUI ended by itself:\n{self.log()[-4000:]}"
+            try:
+                return self.get("/system_stats")
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError(f"ComfyUI did not answer in {START} s:\n{self.log()[-4000:]}")
+
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def get(self, path: str):
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, said: dict):
+        body, kind = json.dumps(said).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, kind)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def submit(self, graph: dict, client: str = "") -> str:
+        said = {"prompt": graph, "client_id": client, "extra_data": {"extra_pnginfo": {"workflow": {"drawn": "by a person"}}}}
+        return self.post("/prompt", said)["prompt_id"]
+
+    def wait_for(self, prompt_id: str) -> dict:
+        """What the history says of a prompt once it has ended."""
+        until = time.monotonic() + RUN
+        while time.monotonic() < until:
+            history = self.get(f"/history/{prompt_id}")
+            if history:
+                return history[prompt_id]
+            time.sleep(0.05)
+        raise AssertionError(f"the prompt did not end in {RUN} s:\n{self.log()[-4000:]}")
+
+    def run(self, graph: dict) -> dict:
+        """The outputs of a graph that must succeed."""
+        ended = self.wait_for(self.submit(graph))
+        assert ended["status"]["status_str"] == "success", ended["status"]["messages"]
+        return ended["outputs"]
+
+    def rss(self) -> float:
+        """MB of memory that the server holds."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+
+class Client:
+    """A websocket client: what the server has said to it, each with the time at which it came."""
+
+    def __init__(self, port: int):
+        self.id, self.said, self._loop = uuid.uuid4().hex, [], asyncio.new_event_loop()
+        self._open = threading.Event()
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._listen(port),), daemon=True)
+        self._thread.start()
+        assert self._open.wait(60)
+
+    async def _listen(self, port):
+        import aiohttp
+
+        url = f"ws://127.0.0.1:{port}/ws?clientId={self.id}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as connection:
+            self._socket = connection
+            self._open.set()
+            async for message in connection:
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    self.said.append((time.monotonic(), "binary", message.data))
+                elif message.type == aiohttp.WSMsgType.TEXT:
+                    told = json.loads(message.data)
+                    self.said.append((time.monotonic(), told["type"], told["data"]))
+
+    def of(self, kind: str) -> list:
+        return [(when, data) for when, name, data in list(self.said) if name == kind]
+
+    def wait_for(self, kind: str, count: int = 1) -> list:
+        until = time.monotonic() + RUN
+        while time.monotonic() < until:
+            if len(found := self.of(kind)) >= count:
+                return found
+            time.sleep(0.005)
+        raise AssertionError(f"expected {count} of {kind}, heard {[name for _, name, _ in self.said]}")
+
+    def close(self):
+        asyncio.run_coroutine_threadsafe(self._socket.close(), self._loop).result(60)
+        self._thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def server(comfyui_dir, tmp_path_factory):
+    """A server with this repository in its custom_nodes and a student of the miniature in its models."""
+    if importlib.util.find_spec("aiohttp") is None:
+        pytest.skip(f"expected this Python to have ComfyUI's requirements, found no aiohttp: {HOW_TO_RUN}")
+    base = tmp_path_factory.mktemp("server")
+    for folder in ("custom_nodes", "input", "output", "temp", "user", "models/avdm2"):
+        (base / folder).mkdir(parents=True)
+    (base / "custom_nodes" / "AVDM2").symlink_to(ROOT, target_is_directory=True)
+    stack = load_stack(ROOT / "miniature")
+    info = StudentInfo(
+        holds="all", timesteps=(999, 749, 499, 249), frames=8, height=64, width=64, unet_config=unet_config(stack.teacher),
+        base_name="miniature", base_hash=weights_hash(stack.image_unet), updates=0, training_config="", title="a test's",
+        date="2026-01-31", license="Apache-2.0",
+    )  # fmt: skip
+    weights = {name: 1.01 * p for name, p in stack.teacher.named_parameters()}
+    write_student(base / "models" / "avdm2" / "near the teacher.safetensors", weights, info)
+    running = Server(comfyui_dir, base)
+    try:
+        running.wait_until_up()
+        yield running
+    finally:
+        assert running.stop() in (0, -signal.SIGTERM)
+
+
+@pytest.fixture
+def client(server):
+    listening = Client(server.port)
+    yield listening
+    listening.close()
+
+
+def graph(*samplers: dict, frames: int = 3, width: int = 64, height: int = 64) -> dict:
+    """A graph in the API's format: one loader, one prompt, and from each sampler a video, "video 0" and so on."""
+    loader = {"checkpoint": "miniature (bundled)", "motion_module": "the checkpoint's own"}
+    nodes = {
+        "teacher": {"class_type": "AVDM2TeacherLoader", "inputs": loader},
+        "student": {
+            "class_type": "AVDM2StudentLoader",
+            "inputs": {"student": "near the teacher.safetensors", "teacher": ["teacher", 0]},
+        },
+        "prompt": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["teacher", 1], "text": PROMPT}},
+        "size": {"class_type": "EmptyLatentImage", "inputs": {"width": width, "height": height, "batch_size": frames}},
+    }
+    for i, sampler in enumerate(samplers):
+        wires = {"positive": ["prompt", 0], "latent": ["size", 0]}
+        wires |= {"student": ["student", 0]} if sampler["class_type"] == "AVDM2StudentSampler" else {"teacher": ["teacher", 0]}
+        nodes[f"sampler {i}"] = {"class_type": sampler["class_type"], "inputs": sampler["inputs"] | wires}
+        nodes[f"frames {i}"] = {"class_type": "VAEDecode", "inputs": {"samples": [f"sampler {i}", 0], "vae": ["teacher", 2]}}
+        nodes[f"clip {i}"] = {"class_type": "CreateVideo", "inputs": {"images": [f"frames {i}", 0], "fps": 8.0}}
+        saving = {"video": [f"clip {i}", 0], "filename_prefix": "video/clip", "format": "auto", "codec": "auto"}
+        nodes[f"video {i}"] = {"class_type": "SaveVideo", "inputs": saving}
+    return nodes
+
+
+def student(seed: int, steps: int = 4) -> dict:
+    return {"class_type": "AVDM2StudentSampler", "inputs": {"seed": seed, "steps": steps, "denoise": 1.0}}
+
+
+def teacher(seed: int, steps: int) -> dict:
+    return {"class_type": "AVDM2TeacherSampler", "inputs": {"seed": seed, "steps": steps, "cfg": 3.0, "denoise": 1.0}}
+
+
+def test_the_pack_loads_without_a_word(server):
+    found = server.get("/object_info")
+    assert {name for name in found if "avdm2" in name.lower()} == NODES
+    assert found["AVDM2StudentLoader"]["input"]["required"]["teacher"][0] == "AVDM2_TEACHER"
+    log = server.log()
+    assert "IMPORT FAILED" not in log and "Traceback" not in log
+    about_us = [line for line in log.splitlines() if "avdm2" in line.lower().replace(str(server.base).lower(), "")]
+    (timing,) = (line for line in about_us if "seconds" in line)
+    assert re.search(r"\d+\.\d+ seconds: .*AVDM2$", timing), timing
+    assert about_us == [timing], "all that the log says of the pack is how long it took"
+
+
+def test_a_clip_with_progress_previews_and_its_workflow_inside(server, client):
+    prompt_id = server.submit(graph(student(seed=1)), client.id)
+    ended = server.wait_for(prompt_id)
+    assert ended["status"]["status_str"] == "success", ended["status"]["messages"]
+    (video,) = (server.base / "output" / "video").glob("clip*.mp4")
+    with av.open(video) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 3
+        said = {key: json.loads(container.metadata[key]) for key in ("workflow", "prompt")}
+    assert said["workflow"] == {"drawn": "by a person"}
+    assert said["prompt"]["sampler 0"]["class_type"] == "AVDM2StudentSampler"
+    steps = [data["value"] for _, data in client.wait_for("progress", 4) if data["node"] == "sampler 0" and data["max"] == 4]
+    assert [step for step in steps if step] == [1, 2, 3, 4]
+    previews = [data for _, data in client.wait_for("binary", 4)]
+    assert len(previews) == 4
+    for preview in previews:
+        assert preview[:8] == (1).to_bytes(4, "big") * 2, "a preview, as JPEG"
+        picture = Image.open(io.BytesIO(preview[8:]))
+        picture.load()
+        assert picture.format == "JPEG" and 256 < max(picture.size) <= 512
+
+
+def test_teacher_and_student_in_one_graph(server):
+    assert server.run(graph(student(seed=5, steps=2), teacher(seed=5, steps=2))).keys() >= {"video 0", "video 1"}
+
+
+def test_an_error_is_told_in_our_words(server):
+    ended = server.wait_for(server.submit(graph(student(seed=1), width=72)))
+    assert ended["status"]["status_str"] == "error"
+    ((_, told),) = (message for message in ended["status"]["messages"] if message[0] == "execution_error")
+    assert told["node_type"] == "AVDM2StudentSampler"
+    assert re.fullmatch(
+        r"Expected width and height as multiples of \d+ pixels, found 72 x 64; take .* instead\.\s*", told["exception_message"]
+    )
+
+
+def test_a_student_is_saved_where_the_loader_finds_it(server):
+    saving = graph() | {
+        "save": {"class_type": "AVDM2SaveStudent", "inputs": {"student": ["student", 0], "name": "saved/again"}}
+    }
+    path = server.base / "models" / "avdm2" / "saved" / "again.safetensors"
+    assert server.run(saving)["save"]["text"] == [str(path)]
+    saved, own = read_student(path), read_student(server.base / "models" / "avdm2" / "near the teacher.safetensors")
+    assert saved.info == own.info and all(torch.equal(tensor, own.tensors[name]) for name, tensor in saved.tensors.items())
+    choices = server.get("/object_info/AVDM2StudentLoader")["AVDM2StudentLoader"]["input"]["required"]["student"]
+    options = choices[0] if isinstance(choices[0], list) else choices[1]["options"]
+    assert os.path.join("saved", "again.safetensors") in options
+
+
+def test_an_interrupt_stops_a_long_run_within_a_step(server, client, record_property):
+    prompt_id = server.submit(graph(teacher(seed=2, steps=500)), client.id)
+    client.wait_for("progress", 4)
+    pressed = time.monotonic()
+    server.post("/interrupt", {})
+    ((stopped, told),) = client.wait_for("execution_interrupted")
+    assert told["node_type"] == "AVDM2TeacherSampler"
+    moved = [when for when, data in client.of("progress") if data["max"] == 500]
+    after = [when for when in moved if when > pressed]
+    step = max(b - a for a, b in itertools.pairwise(moved[1:]))
+    record_property("interrupt_latency_s", round(stopped - pressed, 3))
+    record_property("longest_step_s", round(step, 3))
+    print(f"\ninterrupt after {len(moved)} steps, stopped in {stopped - pressed:.3f} s; the longest step took {step:.3f} s")
+    assert len(after) <= 1, "the step under way may end, no other begins"
+    assert server.wait_for(prompt_id)["status"]["status_str"] == "error"
+    assert server.run(graph(student(seed=3)))["video 0"], "the next prompt works"
+
+
+def test_fifty_prompts_leave_memory_where_it_was(server, record_property):
+    for seed in range(10):
+        server.run(graph(student(100 + seed, steps=2), frames=2))
+    before = server.rss()
+    for seed in range(50):
+        server.run(graph(student(200 + seed, steps=2), frames=2))
+    after = server.rss()
+    record_property("rss_mb", [round(before), round(after)])
+    print(f"\nRSS {before:.1f} MB after 10 prompts, {after:.1f} MB after 60")
+    assert after - before < GROWTH
+
+
+def test_after_unloading_the_next_prompt_works(server, record_property):
+    loaded = server.rss()
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(5)  # the server frees between two prompts
+    freed = server.rss()
+    print(f"\nRSS {loaded:.1f} MB, {freed:.1f} MB after unloading")
+    assert server.run(graph(student(seed=77)))["video 0"]
+    assert "leak" not in server.log().lower()
