@@ -52,7 +52,7 @@ def test_teacher_and_students_take_turns_on_one_network(sample, load_student, lo
     assert len(networks) == 1, "they share their memory"
     first = [sample(student) for student in (None, *students)]
     assert all(not torch.equal(a, b) for i, a in enumerate(first) for b in first[:i])
-    for i in (0, 1, 0, 2, 3, 1, 3, 0, 2):
+    for i in (1, 0, 2, 3, 1, 0):
         assert torch.equal(sample((None, *students)[i]), first[i]), "a patch of another's is left"
 
 
