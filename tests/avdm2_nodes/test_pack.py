@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,15 @@ def test_no_node_imports_torch_diffusers_or_transformers_at_start_up():
                 names |= {f"{node.module}.{alias.name}" if node.module else alias.name for alias in node.names}
         assert not {name.split(".")[0] for name in names} & {"torch", "diffusers", "transformers", "comfy", "PIL"}, file
         assert {name for name in names if name.startswith("comfy_bridge")} <= {"comfy_bridge.files"}, file
+
+
+def test_the_tests_run_whatever_the_folder_is_called(tmp_path):
+    """The root is a package of ComfyUI's, which pytest must not take for one of the tests'."""
+    folder = tmp_path / "ComfyUI-AVDM2 1.0"
+    (folder / "tests").mkdir(parents=True)
+    (folder / "tests" / "test_one.py").write_text("def test_one():\n    import avdm2_nodes\n")
+    for name in ("__init__.py", "pyproject.toml", "avdm2_nodes/__init__.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    done = subprocess.run([sys.executable, "-m", "pytest"], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
