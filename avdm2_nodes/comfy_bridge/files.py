@@ -1,5 +1,6 @@
 """Model files as ComfyUI finds them, and the stack that comes with the pack."""
 
+import re
 from pathlib import Path
 
 import folder_paths
@@ -7,7 +8,8 @@ import folder_paths
 BUNDLED = Path(__file__).resolve().parents[2] / "miniature"
 BUNDLED_NAME = "miniature (bundled)"
 OWN_MOTION = "the checkpoint's own"
-STUDENTS, MOTION, CHECKPOINTS, STACKS = "avdm2", "animatediff_models", "checkpoints", "diffusers"
+STUDENTS, MOTION, LORAS, CHECKPOINTS, STACKS = "avdm2", "animatediff_models", "loras", "checkpoints", "diffusers"
+_PEER = re.compile(r"lightning|lcm|\d[-_ ]?step", re.IGNORECASE)  # in the name of a few-step motion module that others made
 
 
 class ModelFileError(ValueError):
@@ -22,9 +24,11 @@ def register_folders() -> None:
         folder_paths.folder_names_and_paths[kind] = (paths, set(extensions) | folder_paths.supported_pt_extensions)
 
 
-def students_folder() -> Path:
-    """Where students are saved: the first of the folders that they are looked for in."""
-    return Path(folder_paths.get_folder_paths(STUDENTS)[0])
+def saving_folder(kind: str) -> Path:
+    """Where files of a kind are saved: the first of the folders that they are looked for in, those inside other packs left out."""
+    packs = folder_paths.get_folder_paths("custom_nodes")
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+    return next(folder for folder in folders if not any(folder.is_relative_to(pack) for pack in packs))
 
 
 def stack_folders() -> dict[str, Path]:
@@ -59,12 +63,23 @@ def style_choices() -> list[str]:
 
 def student_choices() -> list[str]:
     bundled = [BUNDLED_NAME] if (BUNDLED / "student.safetensors").is_file() else []
-    return [*bundled, *folder_paths.get_filename_list(STUDENTS)]
+    peers = [name for name in folder_paths.get_filename_list(MOTION) if _PEER.search(Path(name).name)]
+    return list(dict.fromkeys([*bundled, *folder_paths.get_filename_list(STUDENTS), *peers]))
 
 
 def student_file(name: str) -> Path:
-    """The file of a student that a person picked. ModelFileError where it is gone."""
-    return BUNDLED / "student.safetensors" if name == BUNDLED_NAME else model_file(STUDENTS, name)
+    """The file of a student that a person picked, a student's or a motion module's. ModelFileError where it is gone."""
+    if name == BUNDLED_NAME:
+        return BUNDLED / "student.safetensors"
+    if _PEER.search(Path(name).name) and folder_paths.get_full_path(STUDENTS, name) is None:
+        return model_file(MOTION, name)
+    return model_file(STUDENTS, name)
+
+
+def lora_file(beside: Path) -> Path | None:
+    """The file of this path's name, there or in the folders of LoRAs; None where there is none."""
+    found = folder_paths.get_full_path(LORAS, beside.name)
+    return beside if beside.is_file() else Path(found) if found else None
 
 
 def model_file(kind: str, name: str) -> Path:

@@ -14,6 +14,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ..diffusion import student_file
+from ..diffusion.interchange import export_animatediff
+from ..diffusion.peers import is_peer, load_peer, lora_beside
 from ..diffusion.recognise import require
 from ..diffusion.stack import load_image_unet, load_motion, load_stack
 from ..diffusion.unets import Predictor, image_predictor, video_predictor, video_unet
@@ -127,15 +129,31 @@ def load_motion_choice(name: str, folder: Path | None):
 
 
 def load_student(name: str, teacher: Teacher) -> Student:
-    """A student by the name that a person picked, as patches on a clone of its teacher's patcher. StudentFileError as `require_base`."""
-    read = student_file.read_student(files.student_file(name))
+    """A student by the name that a person picked, as patches on a clone of its teacher's patcher; `load_peer`'s too.
+
+    One whose motion modules lie elsewhere than its teacher's gets a network of its own. StudentFileError as `require_base`.
+    """
+    path = files.student_file(name)
+    if is_peer(path):
+        read = load_peer(path, teacher.architecture, files.lora_file(lora_beside(path)))
+    else:
+        read = student_file.read_student(path)
     student_file.require_base(read, teacher.architecture, teacher.base_hash)
+    if not _same_motion(read, teacher):
+        unet = student_file.student_unet(read, teacher.image_unet())
+        return Student(read, memory.unet_patcher(unet, teacher.latent_format), teacher)
     patcher = teacher.patcher.clone()
     patcher.add_patches(_patches(read))
     dtype = patcher.model.get_dtype()
     for key, positions in student_file.positions(read).items():  # buffers, which weight patches do not reach
         patcher.add_object_patch(f"diffusion_model.{key}", positions.to(dtype))
     return Student(read, patcher, teacher)
+
+
+def _same_motion(student: student_file.Student, teacher: Teacher) -> bool:
+    """True where both have the same motion modules: v2 has some in its mid block, v1 and v3 have none there."""
+    names = {name for name, _ in teacher.patcher.model.diffusion_model.named_parameters() if "motion_modules." in name}
+    return names == {name for name in student.tensors if "motion_modules." in name and not name.endswith(".pe")}
 
 
 def _patches(student: student_file.Student) -> dict:
@@ -191,9 +209,14 @@ def loaded_predictors(
     return video, pairs
 
 
+def export_student(student: Student, name: str) -> list[Path]:
+    """Writes a student where other packs find AnimateDiff's motion modules and LoRA; the paths. Errors as `export_animatediff`."""
+    return export_animatediff(student.file, files.saving_folder(files.MOTION), name, files.saving_folder(files.LORAS))
+
+
 def save_student(student: Student, name: str) -> Path:
     """Writes a student below the folder of students; its path. StudentFileError for a name that leaves it or exists."""
-    path = student_file.student_path(files.students_folder(), name)
+    path = student_file.student_path(files.saving_folder(files.STUDENTS), name)
     if path.exists():
         raise student_file.StudentFileError(f"Expected a new name, found {path.name} there already; choose another name.")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import math
 import comfy.utils
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
@@ -23,6 +24,15 @@ def interruptible(predict: Predictor) -> Predictor:
         return predict(x_t, t, text)
 
     return eps
+
+
+def show_text(text: str) -> None:
+    """Shows a text on the node that is being run; where no server runs it, nobody looks on."""
+    context = get_executing_context()
+    if context is not None:
+        from server import PromptServer
+
+        PromptServer.instance.send_progress_text(text, context.node_id, PromptServer.instance.client_id)
 
 
 def sampling_callback(steps: int, latent_format) -> Callback:

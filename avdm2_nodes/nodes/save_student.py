@@ -3,9 +3,11 @@ from comfy_api.latest import io
 from ..comfy_bridge import files
 from .types import CATEGORY, StudentWire
 
+STUDENT_FILE, ANIMATEDIFF_FILES = "student file", "AnimateDiff files"
+
 
 class SaveStudent(io.ComfyNode):
-    """A student as a file that the loader reads."""
+    """A student as a file that the loader reads, or as files that other packs read."""
 
     @classmethod
     def define_schema(cls):
@@ -14,13 +16,24 @@ class SaveStudent(io.ComfyNode):
             node_id="AVDM2SaveStudent",
             display_name="AVDM2 Save Student",
             category=CATEGORY,
-            description="Writes a student to models/avdm2, where AVDM2 Student Loader finds it.",
+            description="Writes a student to models/avdm2, where AVDM2 Student Loader finds it, or as an AnimateDiff motion module and "
+            "a LoRA for other packs.",
             inputs=[
                 StudentWire.Input(
                     "student", tooltip="The student to save. Styles that guide its sampling are not in the file."
                 ),
                 io.String.Input(
-                    "name", default="student", tooltip="The file's name; it may have subfolders, and stays in models/avdm2."
+                    "name",
+                    default="student",
+                    tooltip="The file's name; it may have subfolders, and stays in its models folder.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=[STUDENT_FILE, ANIMATEDIFF_FILES],
+                    default=STUDENT_FILE,
+                    optional=True,
+                    tooltip="A student file goes to models/avdm2. AnimateDiff files are for other packs: a motion module in "
+                    "models/animatediff_models and, where the student has one, a LoRA in models/loras.",
                 ),
             ],
             outputs=[],
@@ -28,7 +41,11 @@ class SaveStudent(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, student, name) -> io.NodeOutput:
-        from ..comfy_bridge.models import save_student
+    def execute(cls, student, name, format=STUDENT_FILE) -> io.NodeOutput:
+        from ..comfy_bridge.models import export_student, save_student
+        from ..comfy_bridge.progress import show_text
 
-        return io.NodeOutput(ui={"text": [str(save_student(student, name))]})
+        paths = export_student(student, name) if format == ANIMATEDIFF_FILES else [save_student(student, name)]
+        texts = [str(path) for path in paths]
+        show_text("\n".join(texts))
+        return io.NodeOutput(ui={"text": texts})

@@ -32,10 +32,10 @@ class StudentSampler(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "steps",
-                    default=4,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=50,
-                    tooltip="Evaluations. The number that the student was trained for (mostly 4) is best.",
+                    tooltip="Evaluations. 0 takes the number that the student was trained for, mostly 4, which is best.",
                 ),
                 io.Float.Input(
                     "denoise",

@@ -23,7 +23,8 @@ def test_models_are_offered_by_name(files, comfyui):
     assert files.motion_choices()[0] == "the checkpoint's own"
     assert {"all.safetensors", "motion.safetensors", "motion+lora.safetensors"} <= set(files.student_choices())
     assert [name for name in files.style_choices() if name.endswith("of tiny")] == ["other of tiny", "same of tiny"]
-    assert files.students_folder() == comfyui.base / "models" / "avdm2"
+    for kind in ("avdm2", "animatediff_models", "loras"):
+        assert files.saving_folder(kind) == comfyui.base / "models" / kind
 
 
 def test_all_kinds_of_model_file_are_found_and_nothing_else(files, model_folders):
@@ -45,7 +46,17 @@ def test_other_folders_are_honoured_and_registering_again_changes_nothing(files,
     before = [list(folder_paths.get_folder_paths(kind)) for kind in ("avdm2", "animatediff_models")]
     files.register_folders()
     assert before == [folder_paths.get_folder_paths(kind) for kind in ("avdm2", "animatediff_models")]
-    assert files.students_folder() == model_folders / "avdm2", "new students go to the first"
+    assert files.saving_folder("avdm2") == model_folders / "avdm2", "new students go to the first"
+
+
+def test_nothing_is_saved_inside_another_pack(files, comfyui, monkeypatch):
+    """Where AnimateDiff-Evolved keeps motion modules beside its code, that folder comes first."""
+    import folder_paths
+
+    paths, extensions = folder_paths.folder_names_and_paths["animatediff_models"]
+    theirs = str(comfyui.base / "custom_nodes" / "theirs" / "models")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "animatediff_models", ([theirs, *paths], extensions))
+    assert files.saving_folder("animatediff_models") == comfyui.base / "models" / "animatediff_models"
 
 
 def test_a_students_subfolders_are_part_of_its_name(files, model_folders, students):

@@ -63,6 +63,15 @@ def test_motion_alone_is_one_file(students, tmp_path):
     assert export_animatediff(students["motion"], tmp_path, "m") == [tmp_path / "m_motion.safetensors"]
 
 
+def test_the_lora_goes_where_it_is_told(students, tmp_path):
+    folders = tmp_path / "motion", tmp_path / "loras"
+    paths = export_animatediff(students["motion+lora"], folders[0], "a/m", folders[1])
+    assert paths == [folders[0] / "a/m_motion.safetensors", folders[1] / "a/m_lora.safetensors"]
+    assert all(path.is_file() for path in paths)
+    export_animatediff(students["motion"], folders[0], "b/m", folders[1])
+    assert not (folders[1] / "b").exists(), "no LoRA, no folder"
+
+
 def test_what_these_formats_have_no_place_for_is_refused(students, tmp_path):
     with pytest.raises(StudentFileError, match="found one that holds all its weights"):
         export_animatediff(students["all"], tmp_path, "m")

@@ -1,18 +1,23 @@
+import os
+from dataclasses import replace
+
 import pytest
 import torch
 
+from avdm2_nodes.diffusion.precision import sampling_dtype
 from avdm2_nodes.diffusion.student_file import read_student
+
+ANIMATEDIFF = "AnimateDiff files"
 
 
 @pytest.fixture
 def saved(comfyui, model_folders):
-    """saved(student, name): the file that AVDM2 Save Student writes; the test's own files are taken away again."""
+    """saved(student, name, ...): the files that AVDM2 Save Student writes; the test's own files are taken away again."""
     before = {file for file in comfyui.base.rglob("*") if file.is_file()}
 
-    def save(student, name):
-        result = comfyui.nodes.NODE_CLASS_MAPPINGS["AVDM2SaveStudent"].execute(student, name)
-        (text,) = result.ui["text"]
-        return text
+    def save(student, name, *format):
+        result = comfyui.nodes.NODE_CLASS_MAPPINGS["AVDM2SaveStudent"].execute(student, name, *format)
+        return result.ui["text"]
 
     yield save
     for file in {file for file in comfyui.base.rglob("*") if file.is_file()} - before:
@@ -21,7 +26,7 @@ def saved(comfyui, model_folders):
 
 @pytest.mark.parametrize("holds", ["all", "motion", "motion+lora"])
 def test_a_saved_student_is_the_one_that_was_loaded(comfyui, loaded, load_student, saved, students, model_folders, holds):
-    path = saved(load_student(holds), f"mine/{holds} again")
+    (path,) = saved(load_student(holds), f"mine/{holds} again")
     assert path == str(model_folders / "avdm2" / "mine" / f"{holds} again.safetensors")
     one, other = read_student(students[holds]), read_student(path)
     assert one.info == other.info and one.tensors.keys() == other.tensors.keys()
@@ -32,11 +37,54 @@ def test_a_saved_student_is_the_one_that_was_loaded(comfyui, loaded, load_studen
     assert torch.equal(*clips)
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "{base}/x", r"..\x", r"C:\x", "", ".", "a/..", "/x"])
-def test_a_name_that_leaves_the_folder_is_refused(comfyui, student, saved, name):
+def test_animatediff_files_lie_where_other_packs_look_and_are_the_student(comfyui, loaded, load_student, saved, model_folders):
+    """The motion module by the loader's own list, the LoRA by ComfyUI's own reader of LoRA files."""
+    import folder_paths
+    from comfy.lora import load_lora
+    from comfy.utils import load_torch_file
+
+    student = load_student("motion+lora")
+    paths = saved(student, "mine/both", ANIMATEDIFF)
+    motion, lora = (model_folders / kind / "mine" for kind in ("animatediff_models", "loras"))
+    assert paths == [str(motion / "both_motion.safetensors"), str(lora / "both_lora.safetensors")]
+    assert os.path.join("mine", "both_lora.safetensors") in folder_paths.get_filename_list("loras")
+    name = os.path.join("mine", "both_motion.safetensors")
+    teacher, _, _ = comfyui.run("AVDM2TeacherLoader", checkpoint="tiny", motion_module=name)
+    patcher = teacher.patcher.clone()
+    modules = dict(patcher.model.diffusion_model.named_modules())
+    keys = {f"lora_unet_{module}".replace(".", "_"): f"diffusion_model.{module}.weight" for module in modules}
+    patches = load_lora(load_torch_file(paths[1]), keys)
+    assert len(patches) == sum(key.endswith("lora_A.weight") for key in student.file.tensors) > 0
+    assert len(patcher.add_patches(patches)) == len(patches)
+    inputs = {"positive": comfyui.prompt(loaded.clip), "latent": comfyui.empty(2), "seed": 0, "steps": 1, "denoise": 1.0}
+    expected, without, found = (
+        comfyui.run("AVDM2StudentSampler", student=s, **inputs)[0]["samples"]
+        for s in (student, load_student("motion"), replace(student, patcher=patcher))
+    )
+    error, size = (found - expected).square().mean().sqrt(), expected.square().mean().sqrt()
+    tolerance = 10 * torch.finfo(sampling_dtype(torch.device("cpu"))).eps
+    assert error < tolerance * size
+    assert (without - expected).square().mean().sqrt() > 2 * tolerance * size, "the LoRA shows"
+
+
+def test_motion_modules_alone_are_one_animatediff_file(load_student, saved, model_folders):
+    path = model_folders / "animatediff_models" / "alone_motion.safetensors"
+    assert saved(load_student("motion"), "alone", ANIMATEDIFF) == [str(path)]
+
+
+def test_a_student_of_all_weights_is_no_animatediff_file(comfyui, load_student, saved):
     before = set(comfyui.base.rglob("*"))
-    with pytest.raises(ValueError, match=r"^Expected .* found .*[;:] "):
-        saved(student, name.format(base=comfyui.base))
+    with pytest.raises(ValueError, match=r"found one that holds all its weights; save it as a student file"):
+        saved(load_student("all"), "whole", ANIMATEDIFF)
+    assert set(comfyui.base.rglob("*")) == before
+
+
+@pytest.mark.parametrize("format", ["student file", ANIMATEDIFF])
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "{base}/x", r"..\x", r"C:\x", "", ".", "a/..", "/x"])
+def test_a_name_that_leaves_the_folder_is_refused(comfyui, load_student, saved, name, format):
+    before = set(comfyui.base.rglob("*"))
+    with pytest.raises(ValueError, match=r"^Expected the name .* found .*[;:] "):
+        saved(load_student("motion"), name.format(base=comfyui.base), format)
     assert set(comfyui.base.rglob("*")) == before
 
 
@@ -51,5 +99,5 @@ def test_a_name_that_is_taken_is_refused_and_its_file_untouched(student, saved, 
 
 def test_a_styled_students_file_is_without_the_style(comfyui, student, saved, students):
     (styled,) = comfyui.run("AVDM2StyleTransfer", student=student, style="other of tiny", strength=1.0)
-    path = saved(styled, "styled")
+    (path,) = saved(styled, "styled", "student file")
     assert read_student(path).tensors.keys() == read_student(students["all"]).tensors.keys()

@@ -21,7 +21,7 @@ NODES = {
             ("positive", "CONDITIONING", {}),
             ("latent", "LATENT", {}),
             SEED,
-            ("steps", "INT", {"default": 4, "min": 1, "max": 50}),
+            ("steps", "INT", {"default": 0, "min": 0, "max": 50}),
             DENOISE,
         ],
         6,
@@ -51,7 +51,15 @@ NODES = {
         3,
         [("student", STUDENT)],
     ),
-    "AVDM2SaveStudent": ([("student", STUDENT, {}), ("name", "STRING", {"default": "student"})], 2, []),
+    "AVDM2SaveStudent": (
+        [
+            ("student", STUDENT, {}),
+            ("name", "STRING", {"default": "student"}),
+            ("format", ["student file", "AnimateDiff files"], {"default": "student file"}),
+        ],
+        2,
+        [],
+    ),
 }
 
 
@@ -78,8 +86,9 @@ def test_inputs_and_outputs_are_pinned(ours, node_id):
         if kind == FILES:
             assert found_kind == FILES or isinstance(found_kind, list), name
         else:
-            assert found_kind == kind, name
-            texts = {"tooltip", "multiline"}
+            choices = found_kind if isinstance(found_kind, list) else found_options.get("options", found_kind)
+            assert choices == kind, name
+            texts = {"tooltip", "multiline", "options", "multiselect"}
             assert {key: value for key, value in found_options.items() if key not in texts} == options, name
     assert list(zip(node.RETURN_NAMES or (), node.RETURN_TYPES, strict=True)) == outputs
     assert (node_id == "AVDM2SaveStudent") == node.OUTPUT_NODE

@@ -50,6 +50,9 @@ def test_the_evaluations_are_at_the_students_own_timesteps(comfyui, sample, eval
     evaluations.clear()
     sample(comfyui.empty(), steps=2)
     assert [t for _, t in evaluations] == [999, 499]
+    evaluations.clear()
+    sample(comfyui.empty(), steps=0)
+    assert [t for _, t in evaluations] == list(TIMESTEPS), "0 is the student's own number"
 
 
 def test_the_first_noise_is_comfyuis_own(comfyui, sample, evaluations):
