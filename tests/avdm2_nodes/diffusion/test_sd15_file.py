@@ -198,21 +198,24 @@ def test_the_layout_at_full_size():
     assert found == {UNET + name: shape for name, shape in original_unet(SD15["widths"], SD15["text"]).items()}
 
 
-def comfyui_names():
-    """diffusers' names -> original, by ComfyUI's own function, read without importing ComfyUI."""
+def comfyui_names(folder):
+    """diffusers' names -> original, by ComfyUI's own function, which alone is imported, from a file in `folder`."""
     tree = ast.parse((Path(COMFYUI) / "comfy" / "utils.py").read_text(encoding="utf-8"))
     wanted = {"UNET_MAP_ATTENTIONS", "TRANSFORMER_BLOCKS", "UNET_MAP_RESNET", "UNET_MAP_BASIC", "unet_to_diffusers"}
     body = [n for n in tree.body if getattr(n, "name", getattr(getattr(n, "targets", [None])[0], "id", None)) in wanted]
-    space = {}
-    exec(compile(ast.Module(body, []), "comfy/utils.py", "exec"), space)
+    file = folder / "comfyui_names.py"
+    file.write_text(ast.unparse(ast.Module(body, [])), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     layers = {"num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "transformer_depth_middle": 1}
     depths = {"transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_output": [1] * 9 + [0] * 3}
-    return space["unet_to_diffusers"](layers | depths)
+    return module.unet_to_diffusers(layers | depths)
 
 
 @needs_comfyui
-def test_comfyui_has_the_same_names(loaded):
-    theirs = comfyui_names()
+def test_comfyui_has_the_same_names(loaded, tmp_path):
+    theirs = comfyui_names(tmp_path)
     for name in loaded[0].state_dict():
         assert UNET + theirs[name] in unet_to_original({name: torch.ones(1)})
 
