@@ -331,8 +331,8 @@ def test_what_a_lora_file_holds(lora, lora_file, tmp_path):
 
 
 @needs_comfyui
-def test_comfyui_knows_every_layer_of_a_lora_file(lora):
-    theirs = {"lora_unet_" + name.removesuffix(".weight").replace(".", "_") for name in comfyui_names()}
+def test_comfyui_knows_every_layer_of_a_lora_file(lora, tmp_path):
+    theirs = {"lora_unet_" + name.removesuffix(".weight").replace(".", "_") for name in comfyui_names(tmp_path)}
     assert {name.split(".")[0] for name in lora_keys(lora_layers(lora, ALPHA))} <= theirs
 
 
