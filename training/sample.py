@@ -16,8 +16,10 @@ from diffusers import UNetMotionModel
 from torch import Tensor
 from tqdm import tqdm
 
+from avdm2_nodes.diffusion.peers import is_peer, load_peer
 from avdm2_nodes.diffusion.precision import sampling_dtype
-from avdm2_nodes.diffusion.samplers import Callback, Generators, draw_noise, sample_student, sample_teacher
+from avdm2_nodes.diffusion.recognise import FileFormatError
+from avdm2_nodes.diffusion.samplers import Callback, Chain, Generators, draw_noise, sample_student, sample_teacher
 from avdm2_nodes.diffusion.schedules import TRAIN_TIMESTEPS
 from avdm2_nodes.diffusion.stack import Stack, StackError, load_stack
 from avdm2_nodes.diffusion.student_file import StudentFileError, read_student, student_timesteps, student_unet
@@ -40,10 +42,12 @@ class SampleError(ValueError):
     """A clip that cannot be sampled; the message is one sentence."""
 
 
-def student_sampler(unet: UNetMotionModel, timesteps: Sequence[int], window: int) -> Sampler:
+def student_sampler(unet: UNetMotionModel, timesteps: Sequence[int], window: int, chain: Chain = "renoise") -> Sampler:
     """The student's own chain over `timesteps`, longer clips in windows of `window` frames."""
     predict = windowed(video_predictor(unet), window)
-    return lambda noise, text, generators, callback=None: sample_student(predict, noise, text, timesteps, generators, callback)
+    return lambda noise, text, generators, callback=None: sample_student(
+        predict, noise, text, timesteps, generators, callback, chain=chain
+    )
 
 
 def teacher_sampler(
@@ -99,11 +103,14 @@ def sample(args: argparse.Namespace) -> None:
         steps = args.steps or TEACHER_STEPS
         guidance = TEACHER_GUIDANCE if args.guidance is None else args.guidance
     else:
-        student = read_student(args.student)
+        student = (
+            None if is_peer(args.student) else read_student(args.student)
+        )  # before the base: the smaller file fails faster
         stack = load_stack(args.model, with_motion=False, tokenizer=args.tokenizer)
+        student = student or load_peer(args.student, stack.image_unet)
         unet, info = student_unet(student, stack.image_unet), student.info
         window, height, width = info.frames, info.height, info.width
-        timesteps = student_timesteps(info.timesteps, args.steps or len(info.timesteps))
+        timesteps = student_timesteps(info.timesteps, args.steps or len(info.timesteps), info.chain)
         steps = len(timesteps)
     frames, height, width = args.frames or window, args.height or height, args.width or width
     torch.nn.Module.to(unet, device, sampling_dtype(device))  # diffusers' own `to` warns of parts that this UNet does not have
@@ -112,7 +119,7 @@ def sample(args: argparse.Namespace) -> None:
     sampler = (
         teacher_sampler(unet, stack.encode_text([""]), steps, guidance, window)
         if args.teacher
-        else student_sampler(unet, timesteps, window)
+        else student_sampler(unet, timesteps, window, info.chain)
     )
     with tqdm(total=steps * len(outs), unit="step", desc="teacher" if args.teacher else "student") as bar:
         for prompt, out in zip(args.prompt, outs, strict=True):
@@ -155,8 +162,9 @@ def scale(text: str) -> float:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Sample clips from a student, or from its teacher.")
+    student_help = "student file, or an AnimateDiff-Lightning or AnimateLCM module (default: the shipped student)"
     who = parser.add_mutually_exclusive_group()
-    who.add_argument("--student", type=Path, default=STUDENT, metavar="FILE", help="student file (default: the shipped one)")
+    who.add_argument("--student", type=Path, default=STUDENT, metavar="FILE", help=student_help)
     who.add_argument("--teacher", action="store_true", help="sample the teacher instead")
     model_help = "the teacher, or the student's base: a diffusers folder or an SD1.5 checkpoint (default: the miniature)"
     parser.add_argument("--model", type=Path, default=MODEL, metavar="PATH", help=model_help)
@@ -189,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     console.set_up()
     try:
         sample(args)
-    except (SampleError, StackError, StudentFileError, VideoError) as error:
+    except (FileFormatError, SampleError, StackError, StudentFileError, VideoError) as error:
         print(error, file=sys.stderr)
         return 1
     except torch.OutOfMemoryError:

@@ -19,7 +19,8 @@ def student_latent(student: Student, positive: list, latent: dict, seed: int, st
     text = text_of(positive, teacher.text_width)
     generator, index = torch.Generator().manual_seed(seed), frame_index(latent)
     noise = draw_noise(clip.shape, generator, index=index)
-    timesteps, x_t = begin(student_timesteps(info.timesteps, steps or len(info.timesteps)), noise, clip, denoise)
+    own = student_timesteps(info.timesteps, steps or len(info.timesteps), info.chain)
+    timesteps, x_t = begin(own, noise, clip, denoise)
     predict, pairs = loaded_predictors(student.patcher, info.frames, evaluation_shape(clip), student.styles)
     device = student.patcher.load_device
     text, empty = (t.to(device) for t in of_one_length(text, teacher.empty_text))
@@ -35,7 +36,7 @@ def student_latent(student: Student, positive: list, latent: dict, seed: int, st
 
     sampled = sample_student(
         predict, x_t.to(device), text, timesteps, generator, sampling_callback(len(timesteps), teacher.latent_format),
-        index, refine if pulls else None,
+        index, refine if pulls else None, info.chain,
     )  # fmt: skip
     return from_clip(sampled, latent, teacher.latent_format)
 

@@ -1,6 +1,7 @@
 """Sampling: the student's few-step chain and the teacher's many guided steps, in model space and on the video schedule."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from diffusers import DDIMScheduler
@@ -9,6 +10,7 @@ from torch import Tensor
 from .schedules import TRAIN_TIMESTEPS, VIDEO, classifier_free_guidance
 from .unets import Predictor
 
+Chain = Literal["renoise", "euler", "lcm"]  # how a few-step chain goes on from an x0
 Generators = torch.Generator | Sequence[torch.Generator]
 Callback = Callable[[int, Tensor], None]  # (steps done, the x0 that this step predicts)
 Refine = Callable[[Tensor, int], Tensor]  # (an x0, its step from 0) -> the x0 to go on with
@@ -46,35 +48,54 @@ def sample_student(
     callback: Callback | None = None,
     index: Sequence[int] | None = None,
     refine: Refine | None = None,
+    chain: Chain = "renoise",
 ) -> Tensor:
     """The student's chain (DMD2, arXiv 2405.14867, section 4.4): predict x0, diffuse it to the next timestep with fresh noise.
 
     noise (B, C, F, h, w) is x_t at timesteps[0]; the last x0 is the clip. No guidance: a step is one evaluation. `index` is
-    `draw_noise`'s; `refine` may change each x0 before it goes on.
+    `draw_noise`'s; `refine` may change each x0 before it goes on. Other chains: "lcm" scales each x0 by `boundary_scaling`; "euler"
+    goes on with the noise that x_t holds in place of fresh noise, an Euler step of the probability flow (arXiv 2206.00364).
     """
     x_t = x0 = noise
     for i, t in enumerate(timesteps):
         x0 = predict_x0(student, x_t, t, text)
+        if chain == "lcm":
+            c_skip, c_out = boundary_scaling(t)
+            x0 = c_skip * x_t + c_out * x0
         if refine is not None:
             x0 = refine(x0, i)
         if callback is not None:
             callback(i + 1, x0)
         if i + 1 < len(timesteps):
-            x_t = VIDEO.diffuse(x0, draw_noise(x0.shape, generator, x0.device, index), timesteps[i + 1])
+            if chain == "euler":
+                eps = VIDEO.eps_from_x0(x_t, x0, t)
+            else:
+                eps = draw_noise(x0.shape, generator, x0.device, index)
+            x_t = VIDEO.diffuse(x0, eps, timesteps[i + 1])
     return x0
+
+
+def boundary_scaling(t: int, sigma_data: float = 0.5, timestep_scaling: float = 10.0) -> tuple[float, float]:
+    """(c_skip, c_out) of a consistency model's x0 = c_skip x_t + c_out x0_hat (LCM, arXiv 2310.04378): (1, 0) at t = 0, soon (0, 1)."""
+    scaled = timestep_scaling * t
+    norm = scaled**2 + sigma_data**2
+    return sigma_data**2 / norm, scaled / norm**0.5
 
 
 def backward_simulation(
     student: Predictor, noise: Tensor, text: Tensor, timesteps: Sequence[int], step: int, generator: Generators
 ) -> tuple[Tensor, Tensor]:
-    """(x_t, x0) of step `step` (from 0) of the student's own chain; the steps before it run without gradient (DMD2, section 4.5)."""
-    if step == 0:
-        x_t = noise
-    else:
-        with torch.no_grad():
-            x0 = sample_student(student, noise, text, timesteps[:step], generator)
-            x_t = VIDEO.diffuse(x0, draw_noise(x0.shape, generator, x0.device), timesteps[step])
-    return x_t, predict_x0(student, x_t, timesteps[step], text)
+    """(x_t, x0) of step `steps[i]` (from 0) of sample i's own chain; the steps before it run without gradient (DMD2, section 4.5).
+
+    noise (B, C, F, h, w), steps (B,), one generator a sample. The last evaluation, with gradient, is one for the whole batch.
+    """
+    x_t = noise.clone()
+    with torch.no_grad():
+        for i in range(int(steps.max())):
+            on = (steps > i).nonzero().flatten().tolist()  # the samples whose own step is yet to come
+            x0 = predict_x0(student, x_t[on], timesteps[i], text[on])
+            x_t[on] = VIDEO.diffuse(x0, draw_noise(x0.shape, [generators[j] for j in on], x0.device), timesteps[i + 1])
+    return x_t, predict_x0(student, x_t, torch.as_tensor(timesteps)[steps].to(x_t.device), text)
 
 
 def begin(timesteps: Sequence[int], noise: Tensor, clip: Tensor | None, denoise: float) -> tuple[list[int], Tensor]:

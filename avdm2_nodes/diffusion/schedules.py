@@ -76,3 +76,14 @@ def trailing_timesteps(steps: int) -> list[int]:
 def classifier_free_guidance(eps_uncond: Tensor, eps_cond: Tensor, scale: float) -> Tensor:
     """eps = eps_uncond + scale (eps_cond - eps_uncond) (Ho & Salimans, arXiv 2207.12598); scale 1 is the conditional prediction."""
     return eps_uncond + scale * (eps_cond - eps_uncond)
+def lcm_timesteps(steps: int, solver_steps: int = 100) -> list[int]:
+    """`steps` of the `solver_steps` trailing timesteps that a latent consistency model was trained at (LCM, arXiv 2310.04378).
+
+    As diffusers' LCMScheduler picks them; AnimateLCM's own configuration says 100. ValueError outside 1..`solver_steps`.
+    """
+    if not 1 <= steps <= solver_steps:
+        raise ValueError(f"Expected 1 to {solver_steps} steps of a latent consistency model, found {steps}.")
+    trained = trailing_timesteps(solver_steps)
+    return [trained[i * solver_steps // steps] for i in range(steps)]
+
+

@@ -8,7 +8,7 @@ import gzip
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -91,6 +91,31 @@ def export_lora_file(
         {key: tensor if key.endswith(".alpha") else tensor.to(dtype) for key, tensor in lora_keys(layers).items()},
         metadata,
     )
+
+
+def load_lora_file(path: Path, modules: Iterable[str]) -> dict[str, Layer]:
+    """The LoRA layers in a file with kohya's names, by module of diffusers' UNet; the inverse of `export_lora_file`.
+
+    `modules` are the UNet's. FileFormatError for a file that is something else or has layers of another network, as those of a text
+    encoder are.
+    """
+    path = Path(path)
+    require(path, ("lora",), "a LoRA for SD1.5")
+    tensors = read_tensors(path)
+    down, names = ".lora_down.weight", {"lora_unet_" + module.replace(".", "_"): module for module in modules}
+    layers = {}
+    for key in [key for key in tensors if key.endswith(down)]:
+        name = key.removesuffix(down)
+        alpha = tensors.pop(f"{name}.alpha", torch.tensor(float(len(tensors[key]))))  # without one, the rank
+        up = tensors.get(f"{name}.lora_up.weight")
+        if name in names and up is not None:
+            layers[names[name]] = tensors.pop(key), tensors.pop(f"{name}.lora_up.weight"), alpha.item()
+    if tensors or not layers:
+        found = f"{len(tensors)} others (such as {min(tensors)})" if tensors else "none"
+        raise FileFormatError(
+            f"Expected LoRA layers of SD1.5's UNet with kohya's names in {path}, found {found}; choose another."
+        )
+    return layers
 
 
 def clip_tokenizer(folder: Path | None = None) -> CLIPTokenizer:

@@ -2,7 +2,8 @@
 
 Tensors have the names of diffusers' UNetMotionModel; the metadata are ModelSpec keys (Stability-AI/ModelSpec, version 1.0.0)
 and the project's own, `avdm2.*`. A student holds every weight of its UNet ("all"), the motion modules ("motion"), or these and
-LoRA (arXiv 2106.09685) on the spatial layers ("motion+lora"); the latter two need the base whose hash they name.
+LoRA (arXiv 2106.09685) on the spatial layers ("motion+lora"); the latter two need the base whose hash they name, or any of its
+architecture where they were made for any.
 """
 
 import contextlib
@@ -25,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .schedules import TRAIN_TIMESTEPS, trailing_timesteps
+from .samplers import Chain
+from .schedules import TRAIN_TIMESTEPS, lcm_timesteps, trailing_timesteps
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
@@ -35,6 +37,8 @@ _IN_MODELSPEC = ("title", "date", "license")  # fields that ModelSpec has a key 
 _IN_JSON = ("timesteps", "unet_config")  # fields whose text is JSON
 _CONFIG_KEYS = frozenset(inspect.signature(UNetMotionModel.__init__).parameters) - {"self"}
 _MOTION = "motion_modules"
+ANY_BASE = "any"  # in place of a hash: the student runs on each base of its architecture
+_SAMPLERS = {"renoise": "lcm", "euler": "euler", "lcm": "lcm"}  # ComfyUI's names
 
 Positive = Annotated[int, Field(ge=1)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -55,7 +59,7 @@ class StudentInfo:
     width: Positive
     unet_config: dict  # as `unet_config` gives it
     base_name: str
-    base_hash: Hash  # `weights_hash` of the base's image UNet
+    base_hash: Hash | Literal["any"]  # `weights_hash` of the base's image UNet, or ANY_BASE
     score_name: str | None = None  # the 2D backbone of score distribution matching (the style), if there was one
     score_hash: Hash | None = None
     lora_rank: Positive | None = None
@@ -65,6 +69,7 @@ class StudentInfo:
     title: str
     date: str  # ISO 8601
     license: str
+    chain: Chain = "renoise"  # of `sample_student`
     beta_schedule: Literal["linear"] = "linear"  # diffusers' name
     prediction_type: Literal["epsilon"] = "epsilon"
     format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
@@ -91,7 +96,7 @@ class StudentInfo:
             "usage_hint": (
                 f"Timesteps {', '.join(map(str, self.timesteps))} without guidance (cfg 1), {self.frames} frames of "
                 f"{self.width}x{self.height}. In ComfyUI with AnimateDiff-Evolved: beta schedule sqrt_linear (AnimateDiff), "
-                "sampler lcm."
+                f"sampler {_SAMPLERS[self.chain]}."
             ),
         }
         return {_MODELSPEC + key: text for key, text in spec.items()} | {_OURS + key: text for key, text in texts.items()}
@@ -144,12 +149,14 @@ def student_path(folder: Path, name: str) -> Path:
     return path if path.name.endswith(SUFFIX) else path.with_name(path.name + SUFFIX)
 
 
-def student_timesteps(own: Sequence[int], steps: int) -> list[int]:
+def student_timesteps(own: Sequence[int], steps: int, chain: Chain = "renoise") -> list[int]:
     """The timesteps of a student in `steps` evaluations: its own where it has as many, else evenly spaced at the trailing ends.
 
-    ValueError for a number outside 1..1000.
+    ValueError for a number outside 1..1000, of a latent consistency model 1..100.
     """
-    return list(own) if steps == len(own) else trailing_timesteps(steps)
+    if steps == len(own):
+        return list(own)
+    return lcm_timesteps(steps) if chain == "lcm" else trailing_timesteps(steps)
 
 
 def unet_config(unet: UNetMotionModel) -> dict:
@@ -231,7 +238,7 @@ def require_base(student: Student, image_unet: UNet2DConditionModel, base_hash: 
     """
     _check_architecture(student, image_unet)
     info = student.info
-    if info.holds == "all":
+    if info.holds == "all" or info.base_hash == ANY_BASE:
         return
     found = base_hash or weights_hash(image_unet)
     if found != info.base_hash:

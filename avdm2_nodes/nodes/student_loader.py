@@ -20,9 +20,13 @@ class StudentLoader(io.ComfyNode):
                 io.Combo.Input(
                     "student",
                     options=files.student_choices(),
-                    tooltip="A student file from models/avdm2, or the one that comes with this pack.",
+                    tooltip="A student file from models/avdm2, the one that comes with this pack, or an AnimateDiff-Lightning or "
+                    "AnimateLCM module from models/animatediff_models.",
                 ),
-                TeacherWire.Input("teacher", tooltip="The teacher that the student was made from."),
+                TeacherWire.Input(
+                    "teacher",
+                    tooltip="The teacher that the student was made from; for Lightning and AnimateLCM, any SD1.5 teacher.",
+                ),
             ],
             outputs=[StudentWire.Output(display_name="student")],
         )

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import MotionAdapter
 from torch import nn
 
+from avdm2_nodes.diffusion.motion_file import to_original_keys
+from avdm2_nodes.diffusion.peers import load_peer
+from avdm2_nodes.diffusion.recognise import write_tensors
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
 from avdm2_nodes.diffusion.stack import load_stack
 from avdm2_nodes.diffusion.student_file import StudentInfo, read_student, student_unet, unet_config, weights_hash, write_student
@@ -113,6 +117,33 @@ def test_teacher_size_is_the_image_unets(model):
 def test_other_steps_and_sizes_and_a_partial_student(command, tmp_path):
     assert command("--steps", "3", "--frames", "2", "--height", "40", "--width", "24", student="motion.safetensors") == 0
     assert read_video(tmp_path / "clip.mp4", 2).shape == (2, 40, 24, 3)
+
+
+def test_a_peer_is_sampled_by_its_own_chain(command, model, tmp_path, capsys):
+    """A Lightning module as it is published, on this base."""
+    stack = load_stack(model, with_motion=False)
+    motion = MotionAdapter.from_config(dict(new_motion_adapter().config) | {"use_motion_mid_block": True})
+    path = tmp_path / "animatediff_lightning_2step_comfyui.safetensors"
+    write_tensors(path, to_original_keys(motion.state_dict()), {})
+    size = "--frames", "3", "--height", "16", "--width", "24"
+    assert command("--student", str(path), *size, "--out", str(tmp_path / "own.mp4"), student=None) == 0
+    assert command("--student", str(path), *size, "--steps", "2", student=None) == 0
+    assert (tmp_path / "own.mp4").read_bytes() == (tmp_path / "clip.mp4").read_bytes()
+
+    student = load_peer(path, stack.image_unet)
+    unet = student_unet(student, stack.image_unet)
+    sampler = sample.student_sampler(unet, (999, 499), 16, "euler")
+    frames = sample.generate(sampler, stack, ["a red circle"], [0], 3, 16, 24)[0]
+    generator = torch.Generator().manual_seed(0)
+    noise = draw_noise((1, 4, 3, 2, 3), generator)
+    with torch.no_grad():
+        clip = sample_student(
+            video_predictor(unet), noise, stack.encode_text(["a red circle"]), (999, 499), generator, chain="euler"
+        )
+    assert torch.equal(stack.decode_clips(clip)[0], frames)
+    path.rename(tmp_path / "mm_sd_v15_v2.safetensors")
+    assert command("--student", str(tmp_path / "mm_sd_v15_v2.safetensors"), student=None) == 1
+    assert "Expected a number of steps in the name of mm_sd_v15_v2.safetensors" in capsys.readouterr().err
 
 
 def test_more_frames_than_the_motion_modules_know(command, tmp_path):

@@ -2,9 +2,17 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, LCMScheduler
 
-from avdm2_nodes.diffusion.samplers import backward_simulation, begin, draw_noise, sample_student, sample_teacher
+from avdm2_nodes.diffusion.samplers import (
+    backward_simulation,
+    begin,
+    boundary_scaling,
+    draw_noise,
+    sample_student,
+    sample_teacher,
+)
+from avdm2_nodes.diffusion.schedules import lcm_timesteps, trailing_timesteps
 from avdm2_nodes.diffusion.unets import video_predictor, video_unet
 
 ABAR = DDPMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod.double()
@@ -123,9 +131,70 @@ def test_the_callback_sees_each_x0(text):
     assert [done for done, _ in seen] == [1, 2, 3] and torch.equal(seen[-1][1], clip)
 
 
-@pytest.mark.parametrize("step", range(4))
-def test_backward_simulation_is_the_sampling_up_to_its_step(unet, text, step):
-    timesteps, inputs = [999, 749, 499, 249], []
+VIDEO_BETAS = {"beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_the_euler_chain_is_diffusers_own(text, steps):
+    scheduler = EulerDiscreteScheduler(**VIDEO_BETAS, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.long().tolist() == trailing_timesteps(steps)
+    noise = draw_noise(SHAPE, seeded(1, 2, 3))
+    x = noise * (1 + scheduler.sigmas[0] ** 2).sqrt()  # so that its first model input is the noise itself
+    for t in scheduler.timesteps:
+        eps = toy(scheduler.scale_model_input(x, t), t.expand(3), text)
+        x = scheduler.step(eps, t, x).prev_sample
+    generator = torch.Generator().manual_seed(0)
+    clip = sample_student(toy, noise, text, trailing_timesteps(steps), generator, chain="euler")
+    torch.testing.assert_close(clip, x, rtol=1e-3, atol=1e-3)
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(0).get_state())  # it draws nothing
+
+
+@pytest.mark.parametrize("timesteps", [[999], [999, 499], [999, 749, 499, 249], [999, 39, 9]])
+def test_the_lcm_chain_is_diffusers_own(text, timesteps, monkeypatch):
+    monkeypatch.setattr(  # their noise in our order, frame by frame
+        "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda shape, generator, **_: draw_noise(shape, generator)
+    )
+    scheduler = LCMScheduler(**VIDEO_BETAS, original_inference_steps=100)
+    scheduler.set_timesteps(timesteps=timesteps)
+    x = noise = draw_noise(SHAPE, seeded(1, 2, 3))
+    generator = torch.Generator().manual_seed(4)
+    for t in scheduler.timesteps:
+        x = scheduler.step(toy(x, t.expand(3), text), t, x, generator).prev_sample
+    clip = sample_student(toy, noise, text, timesteps, torch.Generator().manual_seed(4), chain="lcm")
+    torch.testing.assert_close(clip, x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("t", [0, 1, 9, 249, 999])
+def test_boundary_scaling_is_diffusers_own(t):
+    assert boundary_scaling(t) == pytest.approx(LCMScheduler().get_scalings_for_boundary_condition_discrete(t), rel=1e-12)
+
+
+def test_lcm_timesteps_are_diffusers_own():
+    scheduler = LCMScheduler(original_inference_steps=100)
+    for steps in range(1, 101):
+        scheduler.set_timesteps(steps)
+        assert lcm_timesteps(steps) == scheduler.timesteps.tolist()
+    for steps in (0, 101):
+        with pytest.raises(ValueError, match="Expected 1 to 100 steps of a latent consistency model"):
+            lcm_timesteps(steps)
+
+
+def test_boundary_scaling_matters_only_near_zero(text):
+    """At AnimateLCM's timesteps the scaling is far below rounding: what differs from our own students is which noise they saw."""
+    noise, chains = draw_noise(SHAPE, seeded(1, 2, 3)), []
+    for chain in ("renoise", "lcm"):
+        chains.append(
+            [sample_student(toy, noise, text, steps, seeded(1, 2, 3), chain=chain) for steps in ([999, 249], [999, 0])]
+        )
+    torch.testing.assert_close(chains[0][0], chains[1][0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(chains[0][1], chains[1][1], atol=1e-2)
+
+
+@pytest.mark.parametrize("steps", [(0, 0, 0), (3, 3, 3), (1, 3, 0), (2, 0, 1)])
+def test_backward_simulation_is_the_sampling_up_to_each_sample_s_step(unet, text, steps):
+    timesteps, states = [999, 749, 499, 249], {}
+    noise = draw_noise(SHAPE, seeded(1, 2, 3))
 
     def student(x_t, t, text):
         inputs.append(x_t)
