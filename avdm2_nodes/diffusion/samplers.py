@@ -85,17 +85,14 @@ def boundary_scaling(t: int, sigma_data: float = 0.5, timestep_scaling: float = 
 def backward_simulation(
     student: Predictor, noise: Tensor, text: Tensor, timesteps: Sequence[int], step: int, generator: Generators
 ) -> tuple[Tensor, Tensor]:
-    """(x_t, x0) of step `steps[i]` (from 0) of sample i's own chain; the steps before it run without gradient (DMD2, section 4.5).
-
-    noise (B, C, F, h, w), steps (B,), one generator a sample. The last evaluation, with gradient, is one for the whole batch.
-    """
-    x_t = noise.clone()
-    with torch.no_grad():
-        for i in range(int(steps.max())):
-            on = (steps > i).nonzero().flatten().tolist()  # the samples whose own step is yet to come
-            x0 = predict_x0(student, x_t[on], timesteps[i], text[on])
-            x_t[on] = VIDEO.diffuse(x0, draw_noise(x0.shape, [generators[j] for j in on], x0.device), timesteps[i + 1])
-    return x_t, predict_x0(student, x_t, torch.as_tensor(timesteps)[steps].to(x_t.device), text)
+    """(x_t, x0) of step `step` (from 0) of the student's own chain; the steps before it run without gradient (DMD2, section 4.5)."""
+    if step == 0:
+        x_t = noise
+    else:
+        with torch.no_grad():
+            x0 = sample_student(student, noise, text, timesteps[:step], generator)
+            x_t = VIDEO.diffuse(x0, draw_noise(x0.shape, generator, x0.device), timesteps[step])
+    return x_t, predict_x0(student, x_t, timesteps[step], text)
 
 
 def begin(timesteps: Sequence[int], noise: Tensor, clip: Tensor | None, denoise: float) -> tuple[list[int], Tensor]:
