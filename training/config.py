@@ -86,6 +86,7 @@ class ModelConfig(Section):
 
 class StudentConfig(Section):
     steps: tuple[Timestep, ...] = Field((999, 749, 499, 249), description="timesteps that it is sampled at, descending")
+    phased: bool = Field(True, description="a step's clips are judged at the noise of the next step and above only")
     lr: float = Field(5e-5, gt=0, description="learning rate")
     warmup: int = Field(10, ge=0, description="updates until the full learning rate")
     ema: float = Field(0.97, ge=0, lt=1, description="decay of the averaged weights, per update")

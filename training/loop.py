@@ -28,7 +28,7 @@ from training.losses import (
     sdm_loss,
 )
 from training.precision import autocast
-from training.randomness import draw_frames, draw_timesteps, keyed_generator, sample_generators
+from training.randomness import chain_steps, draw_frames, draw_timesteps, keyed_generator, sample_generators
 from training.roles import Roles
 from training.run_folder import RunFolder, RunFolderError
 
@@ -90,6 +90,7 @@ class Made:
     text: Tensor  # (B, L, D)
     real: Tensor  # (B, C, F, h, w), clips of the data with the same captions
     fake: Tensor  # (B, C, F, h, w), the student's x0, detached
+    least: Tensor  # (B,) timesteps of the video schedule: from here on the clip is judged
 
 
 class Distillation:
@@ -120,18 +121,23 @@ class Distillation:
     def autocast(self, cache: bool = True):
         return autocast(self.device, self.config.run.precision, cache)
 
-    def make_clips(self, clips: Tensor, text: Tensor, samples: range, step: int) -> Tensor:
-        """The student's x0 (B, C, F, h, w) at a step of its own chain, the same for the whole batch."""
+    def make_clips(self, clips: Tensor, text: Tensor, samples: range) -> tuple[Tensor, Tensor]:
+        """The student's x0 (B, C, F, h, w), each sample's at a step of its own chain, and the timesteps (B,) to judge them from.
+
+        An x0 in the middle of the chain is diffused to the next step, so its law matters at that timestep and above only; judged
+        at lower ones, each step would have to be a one-step generator, and motion freezes (Phased DMD, arXiv 2510.27684).
+        """
         config = self.config
-        timesteps = config.student.steps
-        k = torch.randint(len(timesteps), (), generator=keyed_generator(config.run.seed, step, "chain")).item()
+        timesteps = torch.as_tensor(config.student.steps)
+        steps = chain_steps(samples, len(timesteps), config.run.seed)
         generators = sample_generators(samples, config.run.seed, "student")
         noise = draw_noise(clips.shape, generators, self.device)
         with self.autocast(cache=False):
-            _, x0 = backward_simulation(self.roles.student, noise, text, timesteps, k, generators)
+            _, x0 = backward_simulation(self.roles.student, noise, text, timesteps.tolist(), steps, generators)
         # x0 = (x_t - sigma eps) / alpha magnifies an error of eps up to 25 times, and its gradient with it.
-        alpha, sigma = VIDEO.alpha_sigma(timesteps[k], x0)
-        return scale_gradient(x0, min(1.0, (alpha / sigma).item()))
+        alpha, sigma = VIDEO.alpha_sigma(timesteps[steps].to(x0.device), x0)
+        least = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.long)])[steps]
+        return scale_gradient(x0, (alpha / sigma).clamp(max=1.0)), least * config.student.phased
 
     def draw_frames(self, made: Made, clips: Tensor, generators, t_min: int, t_max: int) -> tuple[Tensor, ...]:
         """K random frames of each clip (B * K, C, h, w), and noise, timesteps (B * K,) and text (B * K, L, D) for them."""
@@ -139,14 +145,16 @@ class Distillation:
         draws = 1 if config.shared_noise else count
         chosen = draw_frames(generators, clips.shape[2], count).to(self.device)
         frames = clips.transpose(1, 2)[torch.arange(len(clips), device=self.device)[:, None], chosen]
-        t = torch.stack([draw_timesteps(generators, t_min, t_max) for _ in range(draws)], 1).to(self.device)
+        low = IMAGE.timestep_of(VIDEO.alphas_cumprod[made.least]).clamp(t_min, t_max)
+        t = torch.stack([draw_timesteps(generators, low, t_max) for _ in range(draws)], 1).to(self.device)
         noise = draw_noise((len(clips), draws, *frames.shape[2:]), generators, self.device)
         t, noise = t.expand(-1, count), noise.expand(-1, count, -1, -1, -1)
         return frames.flatten(0, 1), noise.flatten(0, 1), t.flatten(), made.text.repeat_interleave(count, 0)
 
-    def diffuse(self, clips: Tensor, generators) -> tuple[Tensor, Tensor]:
-        """(x_t, t): clips diffused to a random timestep of ADM's range."""
-        t = draw_timesteps(generators, self.config.adm.t_min, self.config.adm.t_max).to(self.device)
+    def diffuse(self, clips: Tensor, least: Tensor, generators) -> tuple[Tensor, Tensor]:
+        """(x_t, t): clips diffused to a random timestep of ADM's range, `least` (B,) or above."""
+        config = self.config.adm
+        t = draw_timesteps(generators, least.clamp(config.t_min, config.t_max), config.t_max).to(self.device)
         return VIDEO.diffuse(clips, draw_noise(clips.shape, generators, self.device), t), t
 
     def logits(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -167,7 +175,7 @@ class Distillation:
     def adm(self, made: Made, clips: Tensor) -> Tensor:
         """The student's ADM loss on its clips; the gradient flows through the frozen encoder."""
         generators = sample_generators(made.samples, self.config.run.seed, "adm")
-        return adm_student_loss(self.logits(*self.diffuse(clips, generators), made.text))
+        return adm_student_loss(self.logits(*self.diffuse(clips, made.least, generators), made.text))
 
     def fake_loss(self, made: Made, turn: int) -> Tensor:
         """The fake score's denoising loss on frames of the student's clips."""
@@ -181,8 +189,8 @@ class Distillation:
         config, seed = self.config.adm, self.config.run.seed
         fake = sample_generators(made.samples, seed, "critic fake", turn)
         real = sample_generators(made.samples, seed, "critic real", turn)
-        fake_logits = self.logits(*self.diffuse(made.fake, fake), made.text)
-        x_t, t = self.diffuse(made.real, real)
+        fake_logits = self.logits(*self.diffuse(made.fake, made.least, fake), made.text)
+        x_t, t = self.diffuse(made.real, made.least, real)
         real_logits = self.logits(x_t, t, made.text)
         loss = adm_discriminator_loss(fake_logits, real_logits)
         if config.r1_weight > 0:
@@ -207,8 +215,8 @@ class Distillation:
             real, text = data.batch(order[start : start + part])
             samples = range(step * batch + start, step * batch + start + part)
             with torch.set_grad_enabled(trains_student):
-                clips = self.make_clips(real, text, samples, step)
-            made = Made(samples, text, real, clips.detach())
+                clips, least = self.make_clips(real, text, samples)
+            made = Made(samples, text, real, clips.detach(), least)
             made_parts.append(made)
             if trains_student:
                 terms = {}

@@ -33,15 +33,15 @@ def approximate_r1(logits: Tensor, perturbed_logits: Tensor, sigma: float) -> Te
 
 class _ScaledGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
+    def forward(ctx, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return gradient * ctx.factor, None
+        return gradient * ctx.saved_tensors[0], None
 
 
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """x itself; the gradient that comes back through it is multiplied by `factor`."""
+def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    """x itself; the gradient that comes back through it is multiplied by `factor`, which broadcasts to x."""
     return _ScaledGradient.apply(x, factor)

@@ -21,11 +21,22 @@ def sample_generators(samples: range, *key) -> list[torch.Generator]:
     return [keyed_generator(*key, sample) for sample in samples]
 
 
-def draw_timesteps(generators: list[torch.Generator], low: int, high: int) -> Tensor:
-    """(B,) timesteps, uniform in low..high inclusive, each from its own generator."""
-    return torch.cat([torch.randint(low, high + 1, (1,), generator=g) for g in generators])
+def draw_timesteps(generators: list[torch.Generator], low: Tensor, high: int) -> Tensor:
+    """(B,) timesteps, sample i's uniform in low[i]..high inclusive and from its own generator."""
+    bounds = zip(low.tolist(), generators, strict=True)
+    return torch.cat([torch.randint(first, high + 1, (1,), generator=g) for first, g in bounds])
 
 
 def draw_frames(generators: list[torch.Generator], frames: int, count: int) -> Tensor:
     """(B, count) different frame numbers of `frames`, each row from its own generator."""
     return torch.stack([torch.randperm(frames, generator=g)[:count] for g in generators])
+
+
+def chain_steps(samples: range, steps: int, seed: int) -> Tensor:
+    """(B,) steps 0..steps-1 of the student's chain, one for each global sample index.
+
+    Every `steps` samples in a row get each step once, in random order: whatever the batch, no step goes short and all batches of
+    a multiple of `steps` cost the same.
+    """
+    orders = {n: torch.randperm(steps, generator=keyed_generator(seed, "chain", n)) for n in {s // steps for s in samples}}
+    return torch.stack([orders[s // steps][s % steps] for s in samples])

@@ -33,10 +33,10 @@ def draw_noise(
     return (drawn[:, list(index)] if index else drawn).transpose(1, 2).contiguous().to(device)
 
 
-def predict_x0(student: Predictor, x_t: Tensor, t: int, text: Tensor) -> Tensor:
-    """x0 of one student step, (B, C, F, h, w) float32."""
-    timesteps = torch.full((x_t.shape[0],), t, device=x_t.device)
-    return VIDEO.x0_from_eps(x_t, student(x_t, timesteps, text), t)
+def predict_x0(student: Predictor, x_t: Tensor, t: Tensor | int, text: Tensor) -> Tensor:
+    """x0 of one student step, (B, C, F, h, w) float32; t of shape () or (B,)."""
+    t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
+    return VIDEO.x0_from_eps(x_t, student(x_t, t, text), t)
 
 
 def sample_student(
@@ -83,16 +83,24 @@ def boundary_scaling(t: int, sigma_data: float = 0.5, timestep_scaling: float = 
 
 
 def backward_simulation(
-    student: Predictor, noise: Tensor, text: Tensor, timesteps: Sequence[int], step: int, generator: Generators
+    student: Predictor,
+    noise: Tensor,
+    text: Tensor,
+    timesteps: Sequence[int],
+    steps: Tensor,
+    generators: Sequence[torch.Generator],
 ) -> tuple[Tensor, Tensor]:
-    """(x_t, x0) of step `step` (from 0) of the student's own chain; the steps before it run without gradient (DMD2, section 4.5)."""
-    if step == 0:
-        x_t = noise
-    else:
-        with torch.no_grad():
-            x0 = sample_student(student, noise, text, timesteps[:step], generator)
-            x_t = VIDEO.diffuse(x0, draw_noise(x0.shape, generator, x0.device), timesteps[step])
-    return x_t, predict_x0(student, x_t, timesteps[step], text)
+    """(x_t, x0) of step `steps[i]` (from 0) of sample i's own chain; the steps before it run without gradient (DMD2, section 4.5).
+
+    noise (B, C, F, h, w), steps (B,), one generator a sample. The last evaluation, with gradient, is one for the whole batch.
+    """
+    x_t = noise.clone()
+    with torch.no_grad():
+        for i in range(int(steps.max())):
+            on = (steps > i).nonzero().flatten().tolist()  # the samples whose own step is yet to come
+            x0 = predict_x0(student, x_t[on], timesteps[i], text[on])
+            x_t[on] = VIDEO.diffuse(x0, draw_noise(x0.shape, [generators[j] for j in on], x0.device), timesteps[i + 1])
+    return x_t, predict_x0(student, x_t, torch.as_tensor(timesteps)[steps].to(x_t.device), text)
 
 
 def begin(timesteps: Sequence[int], noise: Tensor, clip: Tensor | None, denoise: float) -> tuple[list[int], Tensor]:

@@ -56,6 +56,10 @@ class Schedule:
         alpha, sigma = self.alpha_sigma(t, x_t)
         return (x_t - sigma * eps) / alpha
 
+    def timestep_of(self, abar: Tensor) -> Tensor:
+        """The first timestep at which as much noise lies as at `abar` (B,), a value of another schedule; 999 where none does."""
+        return torch.searchsorted(-self.alphas_cumprod, -abar.double().cpu()).clamp(max=TRAIN_TIMESTEPS - 1)
+
     def eps_from_x0(self, x_t: Tensor, x0: Tensor, t: Tensor | int) -> Tensor:
         """eps = (x_t - alpha_t x0) / sigma_t."""
         alpha, sigma = self.alpha_sigma(t, x_t)
@@ -73,9 +77,6 @@ def trailing_timesteps(steps: int) -> list[int]:
     return [round(TRAIN_TIMESTEPS - i * TRAIN_TIMESTEPS / steps) - 1 for i in range(steps)]
 
 
-def classifier_free_guidance(eps_uncond: Tensor, eps_cond: Tensor, scale: float) -> Tensor:
-    """eps = eps_uncond + scale (eps_cond - eps_uncond) (Ho & Salimans, arXiv 2207.12598); scale 1 is the conditional prediction."""
-    return eps_uncond + scale * (eps_cond - eps_uncond)
 def lcm_timesteps(steps: int, solver_steps: int = 100) -> list[int]:
     """`steps` of the `solver_steps` trailing timesteps that a latent consistency model was trained at (LCM, arXiv 2310.04378).
 
@@ -87,3 +88,6 @@ def lcm_timesteps(steps: int, solver_steps: int = 100) -> list[int]:
     return [trained[i * solver_steps // steps] for i in range(steps)]
 
 
+def classifier_free_guidance(eps_uncond: Tensor, eps_cond: Tensor, scale: float) -> Tensor:
+    """eps = eps_uncond + scale (eps_cond - eps_uncond) (Ho & Salimans, arXiv 2207.12598); scale 1 is the conditional prediction."""
+    return eps_uncond + scale * (eps_cond - eps_uncond)

@@ -5,8 +5,10 @@ from operator import eq
 import pytest
 import torch
 
+from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
 from training.checkpoint import Checkpoints
 from training.loop import MAX_BAD_STEPS, DivergedError, Made, train
+from training.randomness import chain_steps
 from training.run_folder import RunFolder, RunFolderError
 
 
@@ -268,19 +270,43 @@ def test_the_students_learning_rate_is_warmed_up(stack, make_distillation, make_
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3])
 
 
-def test_every_step_of_the_chain_is_trained(stack, make_distillation, make_config, random_clips):
-    run, trained = make_distillation(stack, make_config()), set()
-    real, text = random_clips.batch([0])
+def test_every_step_of_the_chain_is_trained_equally(stack, make_distillation, make_config, random_clips):
+    run, trained = make_distillation(stack, make_config()), []
+    real, text = random_clips.batch([0, 1])
 
     def student(x_t, t, text):
         if torch.is_grad_enabled():
-            trained.add(t[0].item())
+            trained.extend(t.tolist())
         return x_t
 
     run.roles.student = student
-    for step in range(30):
-        run.make_clips(real, text, range(1), step)
-    assert trained == {999, 749, 499, 249}
+    for first in range(0, 16, 2):
+        run.make_clips(real, text, range(first, first + 2))
+    assert {t: trained.count(t) for t in trained} == {999: 4, 749: 4, 499: 4, 249: 4}
+
+
+@pytest.mark.parametrize("phased", [True, False])
+def test_a_step_is_judged_from_the_noise_of_the_next_on(stack, make_distillation, make_config, random_clips, phased):
+    """Those of the video schedule for ADM, and on the image schedule for SDM the timesteps with as much noise."""
+    run = make_distillation(stack, make_config(student={"steps": [999, 749, 499, 249], "phased": phased}))
+    video, image = [], []
+    encoder, real_score = run.roles.encoder, run.roles.real_score
+    run.roles.encoder = lambda x_t, t, text: video.append(t) or encoder(x_t, t, text)
+    run.roles.real_score = lambda x_t, t, text: image.append(t[: len(t) // 2]) or real_score(x_t, t, text)
+    real, text = random_clips.batch([0, 1])
+    nexts = []
+    for first in range(0, 40, 2):
+        samples = range(first, first + 2)
+        nexts.append(torch.tensor([749, 499, 249, 0])[chain_steps(samples, 4, run.config.run.seed)])
+        with torch.no_grad():
+            clips, least = run.make_clips(real, text, samples)
+            made = Made(samples, text, real, clips, least)
+            run.sdm(made, clips), run.adm(made, clips)
+    t, frames_t, least = torch.cat(video), torch.cat(image), torch.cat(nexts)
+    noisy_enough = t >= least
+    frames_noisy_enough = IMAGE.alphas_cumprod[frames_t] <= VIDEO.alphas_cumprod[least.repeat_interleave(len(frames_t) // 40)]
+    assert (noisy_enough.all() and frames_noisy_enough.all()) == phased
+    assert t[least == 0].min() < 249  # the last step's are judged at all
 
 
 @pytest.mark.parametrize(("t", "factor"), [(999, 0.0402), (749, 0.155), (249, 1.0)])
@@ -290,7 +316,7 @@ def test_the_gradient_into_x0_is_damped_by_alpha_over_sigma(stack, make_distilla
     scale = torch.ones((), requires_grad=True)
     run.roles.student = lambda x_t, t, text: scale * x_t
     real, text = random_clips.batch([0])
-    clips = run.make_clips(real, text, range(1), 0)
+    clips, _ = run.make_clips(real, text, range(1))
     clips.sum().backward()
     alpha, sigma = {999: (0.0402, 0.99919), 749: (0.1533, 0.98818), 249: (0.75556, 0.65508)}[t]
     x_t = clips.detach().sum() / ((1 - sigma) / alpha)
@@ -304,18 +330,9 @@ def test_bf16_keeps_the_gradient_of_a_later_step(stack, make_distillation, make_
         config = make_config(run={"precision": precision}, student={"steps": [999, 499]})
         run = make_distillation(stack, config)
         real, text = random_clips.batch([0, 1])
-        step = next(s for s in range(20) if takes_the_second_step(run, real, text, s))
-        clips = run.make_clips(real, text, range(2), step)
-        run.adm(Made(range(2), text, real, clips.detach()), clips).backward()
+        clips, least = run.make_clips(real, text, range(2))  # one sample at each of the two steps
+        run.adm(Made(range(2), text, real, clips.detach(), least), clips).backward()
         norms.append({name: p.grad.norm().item() for name, p in run.roles.student_weights.items()})
     exact, half = norms
     assert sum(half.values()) == pytest.approx(sum(exact.values()), rel=0.2)
     assert all(half[name] > 0 for name in exact if exact[name] > 1e-3 * max(exact.values()))
-
-
-def takes_the_second_step(run, real, text, step):
-    student, calls = run.roles.student, []
-    run.roles.student = lambda x_t, t, text: calls.append(t[0].item()) or x_t
-    run.make_clips(real, text, range(2), step)
-    run.roles.student = student
-    return calls == [999, 499]

@@ -63,7 +63,7 @@ def test_approximate_r1_of_a_linear_discriminator_is_its_squared_slope(sigma):
 
 def test_scale_gradient_changes_nothing_but_the_gradient():
     x = torch.randn(3, 4, requires_grad=True)
-    y = scale_gradient(x, 0.25)
+    y = scale_gradient(x, torch.tensor(0.25))
     assert torch.equal(x, y)
     y.square().sum().backward()
     torch.testing.assert_close(x.grad, 0.25 * 2 * x.detach())

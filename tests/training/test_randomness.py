@@ -4,7 +4,7 @@ import sys
 import torch
 
 from training.config import ROOT
-from training.randomness import draw_frames, draw_timesteps, keyed_generator, sample_generators
+from training.randomness import chain_steps, draw_frames, draw_timesteps, keyed_generator, sample_generators
 
 
 def drawn(generator):
@@ -32,11 +32,20 @@ def test_a_sample_draws_the_same_in_every_slicing():
 
 def test_timesteps_are_uniform_and_inclusive():
     generators = sample_generators(range(3), 0)
-    draws = torch.stack([draw_timesteps(generators, 20, 24) for _ in range(1000)])
+    draws = torch.stack([draw_timesteps(generators, torch.tensor([20, 20, 22]), 24) for _ in range(1000)])
     assert draws.shape == (1000, 3) and draws.dtype == torch.long
-    counts = torch.bincount(draws.flatten())
+    counts = torch.bincount(draws[:, :2].flatten())
     assert counts[:20].sum() == 0 and len(counts) == 25
-    assert ((counts[20:] - 600).abs() < 100).all()  # 600 +- 22
+    assert ((counts[20:] - 400).abs() < 80).all()  # 400 +- 18
+    assert draws[:, 2].min() == 22 and draws[:, 2].max() == 24
+
+
+def test_a_chain_s_steps_come_equally_often_and_in_random_order():
+    steps = chain_steps(range(4000), 4, 0)
+    assert torch.bincount(steps).tolist() == [1000] * 4 and (steps.unflatten(0, (-1, 4)).sort().values == torch.arange(4)).all()
+    orders = {tuple(order) for order in steps.unflatten(0, (-1, 4)).tolist()}
+    assert len(orders) == 24 and not torch.equal(steps, chain_steps(range(4000), 4, 1))
+    assert torch.equal(chain_steps(range(6, 13), 4, 0), steps[6:13])
 
 
 def test_frames_are_different_and_any():

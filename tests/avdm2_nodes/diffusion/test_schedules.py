@@ -36,6 +36,13 @@ def test_diffuse_is_that_of_diffusers_and_is_undone(schedule):
     torch.testing.assert_close(schedule.eps_from_x0(x_t, x0, t)[1:], noise[1:], rtol=1e-4, atol=1e-4)
 
 
+def test_the_same_noise_lies_at_other_timesteps_of_the_other_schedule():
+    t = torch.tensor([0, 249, 499, 749, 999])
+    theirs = IMAGE.timestep_of(VIDEO.alphas_cumprod[t])
+    brute = [min((i for i in range(1000) if IMAGE.alphas_cumprod[i] <= VIDEO.alphas_cumprod[j]), default=999) for j in t]
+    assert theirs.tolist() == brute and torch.equal(VIDEO.timestep_of(VIDEO.alphas_cumprod[t]), t)
+
+
 @BOTH
 def test_one_timestep_serves_the_whole_batch(schedule):
     x0, noise = torch.randn(2, 3, 4, 6, 6)
