@@ -2,12 +2,14 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import UNetMotionModel
+from diffusers import AnimateDiffPipeline, LCMScheduler, MotionAdapter, UNetMotionModel
 
-from avdm2_nodes.diffusion.interchange import export_animatediff
+from avdm2_nodes.diffusion.interchange import diffusers_scheduler, export_animatediff, export_diffusers
 from avdm2_nodes.diffusion.motion_file import load_motion_file
 from avdm2_nodes.diffusion.recognise import read_layout, recognise
+from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
 from avdm2_nodes.diffusion.student_file import Student, StudentFileError, StudentInfo, student_unet, unet_config, weights_hash
+from avdm2_nodes.diffusion.unets import video_predictor
 
 
 @pytest.fixture
@@ -45,9 +47,7 @@ def test_the_files_hold_the_student(stack, students, tmp_path):
     motion = load_motion_file(motion_path, norm_groups=8)
     assert motion.config.motion_num_attention_heads == 2  # noted in the metadata, for the shapes do not tell
     theirs = UNetMotionModel.from_unet2d(stack.image_unet, motion)
-    from diffusers import AnimateDiffPipeline, DDIMScheduler
-
-    pipeline = AnimateDiffPipeline(stack.vae, stack.text_encoder, stack.tokenizer, theirs, None, DDIMScheduler())
+    pipeline = AnimateDiffPipeline(stack.vae, stack.text_encoder, stack.tokenizer, theirs, None, LCMScheduler())
     pipeline.load_lora_weights(str(lora_path))
     ours = student_unet(students["motion+lora"], stack.image_unet)
     generator = torch.Generator().manual_seed(1)
@@ -89,3 +89,86 @@ def test_nothing_is_overwritten_and_no_half_is_left(students, tmp_path, monkeypa
     with pytest.raises(ValueError, match="found none"):
         export_animatediff(broken, tmp_path, "n")
     assert [p.name for p in tmp_path.iterdir()] == ["m_lora.safetensors"]
+
+
+# ---- whole clips by diffusers alone ----
+
+PROMPT = "a small red circle standing still on a plain background"
+
+
+@pytest.fixture
+def of_diffusers(monkeypatch):
+    """of_diffusers(pipeline): its clip (1, C, F, h, w) of the prompt in two steps; its noise is drawn in our order, frame by frame."""
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda shape, generator, **_: draw_noise(shape, generator)
+    )
+
+    def sample(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(
+            PROMPT, num_frames=5, height=64, width=64, num_inference_steps=2, guidance_scale=1.0, output_type="latent",
+            latents=draw_noise((1, 4, 5, 8, 8), torch.Generator().manual_seed(1)), generator=torch.Generator().manual_seed(2),
+        ).frames  # fmt: skip
+
+    return sample
+
+
+@pytest.fixture
+def ours(stack):
+    @torch.no_grad()
+    def sample(student):
+        noise = draw_noise((1, 4, 5, 8, 8), torch.Generator().manual_seed(1))
+        predict, text = video_predictor(student_unet(student, stack.image_unet)), stack.encode_text([PROMPT])
+        return sample_student(predict, noise, text, student.info.timesteps, torch.Generator().manual_seed(2))
+
+    return sample
+
+
+def relative(a, b):
+    return ((a - b).square().mean().sqrt() / b.square().mean().sqrt()).item()
+
+
+def test_diffusers_makes_the_same_clip_of_the_animatediff_files(stack, students, tmp_path, of_diffusers, ours):
+    """By its own readers from file to clip: MotionAdapter, load_lora_weights, LCMScheduler."""
+    motion_path, lora_path = export_animatediff(students["motion+lora"], tmp_path, "mine")
+    stack.motion.save_config(tmp_path / "config")
+    adapter = MotionAdapter.from_single_file(str(motion_path), config=str(tmp_path / "config"), local_files_only=True)
+    scheduler = LCMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, original_inference_steps=100)
+    pipeline = AnimateDiffPipeline(stack.vae, stack.text_encoder, stack.tokenizer, stack.image_unet, adapter, scheduler)
+    without = of_diffusers(pipeline)
+    pipeline.load_lora_weights(str(lora_path))
+    expected = ours(students["motion+lora"])
+    assert relative(of_diffusers(pipeline), expected) < 5e-3  # of float16 in the files
+    assert relative(without, expected) > 0.1
+
+
+@pytest.mark.parametrize("holds", ["all", "motion", "motion+lora"])
+def test_diffusers_makes_the_same_clip_of_the_diffusers_folder(stack, students, tmp_path, of_diffusers, ours, holds):
+    folder = tmp_path / "student"
+    folder.mkdir()  # may be there, if it is empty
+    export_diffusers(students[holds], stack, folder)
+    assert list(tmp_path.iterdir()) == [folder]
+    pipeline = AnimateDiffPipeline.from_pretrained(folder, local_files_only=True)
+    assert isinstance(pipeline.unet, UNetMotionModel) and isinstance(pipeline.scheduler, LCMScheduler)
+    assert relative(of_diffusers(pipeline), ours(students[holds])) < 5e-3
+    card = (folder / "README.md").read_text()
+    assert "num_inference_steps=2, guidance_scale=1.0" in card and "license_name: x" in card
+
+
+def test_the_scheduler_is_that_of_the_students_own_steps(students):
+    info = students["motion"].info
+    assert type(diffusers_scheduler(info)) is LCMScheduler
+    euler = dataclasses.replace(info, chain="euler", timesteps=(999, 749, 499, 249))
+    assert [int(t) for t in diffusers_scheduler(euler).timesteps] == [999, 749, 499, 249]
+    with pytest.raises(StudentFileError, match=r"diffusers has for 2 steps, \[999, 499\], found one of \[999, 600\]"):
+        diffusers_scheduler(dataclasses.replace(info, timesteps=(999, 600)))
+
+
+def test_a_folder_in_use_is_left_alone(stack, students, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    for taken in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(StudentFileError, match="Expected a new or empty folder"):
+            export_diffusers(students["motion"], stack, taken)
+    with pytest.raises(StudentFileError, match="Expected room and the right to write"):
+        export_diffusers(students["motion"], stack, tmp_path / "mine.txt" / "below")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]

@@ -1,0 +1,77 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from diffusers import AnimateDiffPipeline
+
+from avdm2_nodes.diffusion.recognise import read_layout, recognise
+from avdm2_nodes.diffusion.student_file import StudentInfo, unet_config, weights_hash, write_student
+from training import export
+from training.config import ROOT
+
+
+@pytest.fixture
+def student_file(stack, tmp_path):
+    unet = stack.teacher
+    info = StudentInfo(
+        holds="motion", timesteps=(999, 749, 499, 249), frames=8, height=64, width=64, unet_config=unet_config(unet),
+        base_name="tiny", base_hash=weights_hash(stack.image_unet), updates=1, training_config="", title="t", date="2026-01-01",
+        license="Apache-2.0",
+    )  # fmt: skip
+    path = tmp_path / "mine.safetensors"
+    write_student(path, {name: p for name, p in unet.named_parameters() if "motion_modules" in name}, info)
+    return path
+
+
+def test_animatediff_files_from_another_folder(student_file, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "training" / "export.py")]
+    arguments = ["--student", "mine.safetensors", "--format", "animatediff", "--out", "out"]
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [os.path.join("out", "mine_motion.safetensors")]
+    assert recognise(read_layout(tmp_path / "out" / "mine_motion.safetensors")).id == "motion-v3"
+
+
+def test_a_diffusers_folder(student_file, stack_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--student", str(student_file), "--format", "diffusers", "--out", str(out), "--model", str(stack_folder)]
+    assert export.main(arguments) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert export.main(arguments) == 1
+    assert capsys.readouterr().err.startswith("Expected a new or empty folder at ")
+    assert AnimateDiffPipeline.from_pretrained(out, local_files_only=True).scheduler.config.beta_schedule == "linear"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"--student": "none.safetensors"}, "Expected a student file at none.safetensors, found nothing"),
+        ({"--model": "nowhere"}, "Expected a model folder in the diffusers layout at nowhere, found none"),
+        ({"--model": str(ROOT / "miniature")}, "another architecture"),
+        (
+            {"--format": "animatediff", "--student": str(ROOT / "training" / "export.py")},
+            "Expected a readable student file at ",
+        ),
+    ],
+)
+def test_errors_are_one_sentence(student_file, stack_folder, tmp_path, monkeypatch, capsys, changes, said):
+    monkeypatch.chdir(tmp_path)
+    arguments = {
+        "--student": str(student_file),
+        "--format": "diffusers",
+        "--out": "out",
+        "--model": str(stack_folder),
+    } | changes
+    assert export.main([text for pair in arguments.items() for text in pair]) == 1
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("Expected") and said in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--student", "a", "--format", "onnx", "--out", "b"], ["--format", "diffusers"]])
+def test_arguments_that_cannot_be(arguments):
+    with pytest.raises(SystemExit) as caught:
+        export.main(arguments)
+    assert caught.value.code == 2
