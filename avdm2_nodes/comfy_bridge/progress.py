@@ -1,6 +1,7 @@
 """Progress, previews and interruption, as ComfyUI has them."""
 
 import math
+from functools import partial
 
 import comfy.utils
 import torch
@@ -12,8 +13,7 @@ from torch import Tensor
 from ..diffusion.samplers import Callback
 from ..diffusion.unets import Predictor
 
-PREVIEW_SIDE = 512  # pixels, of the whole picture
-SHOWN_FRAMES = 16
+SHOWN_FRAMES, SHOWN_RATE, SHOWN_SIDE = 16, 8, 320  # at most, a second, pixels of the longer side at most
 
 
 def interruptible(predict: Predictor) -> Predictor:
@@ -36,33 +36,46 @@ def show_text(text: str) -> None:
 
 
 def sampling_callback(steps: int, latent_format) -> Callback:
-    """Moves ComfyUI's bar at each step and shows the frames that the step predicts, side by side."""
+    """Moves ComfyUI's bar at each step and shows the clip that the step predicts."""
     bar = comfy.utils.ProgressBar(steps)
 
     def callback(done: int, x0: Tensor) -> None:
         throw_exception_if_processing_interrupted()
-        picture = frames_picture(x0[0].transpose(0, 1), latent_format)
-        bar.update_absolute(done, steps, ("JPEG", picture, PREVIEW_SIDE) if picture else None)
+        picture = moving_picture(x0[0].transpose(0, 1), latent_format)
+        bar.update_absolute(done, steps, ("PNG", picture, None) if picture else None)
 
     return callback
 
 
-def frames_picture(latents: Tensor, latent_format) -> Image.Image | None:
-    """Up to 16 frames of a clip in model space (F, C, h, w), evenly chosen, in rows; None where the format has no colours."""
+def moving_picture(latents: Tensor, latent_format) -> Image.Image | None:
+    """A clip in model space (F, C, h, w) as a picture that moves once it is saved, in the clip's own time; None without colours.
+
+    ComfyUI's server saves a preview to send it, as one JPEG or PNG. This one saves itself as an animated PNG of up to 16 frames, evenly
+    chosen, which an <img> plays. What reads plain PNG finds all of them on one sheet, in rows.
+    """
     if latent_format.latent_rgb_factors is None:
         return None
-    count = min(len(latents), SHOWN_FRAMES)
-    chosen = torch.linspace(0, len(latents) - 1, count).round().long()
-    latents = latents[chosen.to(latents.device)].float().cpu()
-    rgb = torch.einsum("fchw,cr->fhwr", latents, torch.tensor(latent_format.latent_rgb_factors))
+    shown = _evenly(latents, min(len(latents), SHOWN_FRAMES)).float().cpu()
+    rgb = torch.einsum("fchw,cr->fhwr", shown, torch.tensor(latent_format.latent_rgb_factors))
     if latent_format.latent_rgb_factors_bias is not None:
         rgb = rgb + torch.tensor(latent_format.latent_rgb_factors_bias)
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
+    rgb = rgb.add(1).mul(127.5).clamp(0, 255).to(torch.uint8)
+    columns = math.ceil(math.sqrt(len(rgb)))
+    sheet = _evenly(rgb, columns**2).unflatten(0, (columns, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     height, width = rgb.shape[1:3]
-    sheet = torch.full((rows * columns, height, width, 3), -1.0)
-    sheet[:count] = rgb
-    sheet = sheet.unflatten(0, (rows, columns)).transpose(1, 2).reshape(rows * height, columns * width, 3)
-    picture = Image.fromarray(sheet.add(1).mul(127.5).clamp(0, 255).to(torch.uint8).numpy())
-    scale = max(1, PREVIEW_SIDE // max(picture.size))
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    scale = max(1, SHOWN_SIDE // max(height, width))
+    sheet, *frames = (
+        Image.fromarray(picture.numpy()).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        for picture in (sheet, *rgb)
+    )
+    sheet.save = partial(_save_moving, sheet, frames, round(1000 / SHOWN_RATE * len(latents) / len(shown)))
+    return sheet
+
+
+def _evenly(frames: Tensor, count: int) -> Tensor:
+    return frames[torch.linspace(0, len(frames) - 1, count).round().long().to(frames.device)]
+
+
+def _save_moving(sheet: Image.Image, frames: list[Image.Image], duration: int, file, format: str = "PNG", **options) -> None:
+    moving = {"save_all": True, "append_images": frames, "default_image": True, "duration": duration, "loop": 0}
+    Image.Image.save(sheet, file, "PNG", compress_level=1, **moving)

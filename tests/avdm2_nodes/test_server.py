@@ -241,10 +241,10 @@ def test_a_clip_with_progress_previews_and_its_workflow_inside(server, client):
     previews = [data for _, data in client.wait_for("binary", 4)]
     assert len(previews) == 4
     for preview in previews:
-        assert preview[:8] == (1).to_bytes(4, "big") * 2, "a preview, as JPEG"
+        assert preview[:8] == (1).to_bytes(4, "big") + (2).to_bytes(4, "big"), "a preview, as PNG"
         picture = Image.open(io.BytesIO(preview[8:]))
-        picture.load()
-        assert picture.format == "JPEG" and 256 < max(picture.size) <= 512
+        assert picture.format == "PNG" and max(picture.size) == 320
+        assert picture.is_animated and picture.n_frames == 1 + 3, "a still of all frames, then the frames"
 
 
 def test_teacher_and_student_in_one_graph(server):

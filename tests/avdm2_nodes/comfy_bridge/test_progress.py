@@ -1,6 +1,8 @@
+import io
+
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from tests.avdm2_nodes.conftest import WINDOW
 
@@ -18,8 +20,9 @@ def test_each_step_moves_the_bar_and_shows_the_frames(comfyui, loaded, sample, p
     sample()
     assert [(step, steps) for step, steps, _ in progress] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     for _, _, (kind, picture, size) in progress:
-        assert kind == "JPEG" and isinstance(picture, Image.Image) and picture.mode == "RGB"
-        assert max(picture.size) <= size <= 512 < 2 * max(picture.size)
+        assert kind == "PNG" and isinstance(picture, Image.Image) and picture.mode == "RGB"
+        assert size is None, "ComfyUI's server would make a still copy of another size"
+        assert 160 < max(picture.size) <= 320
     assert progress[0][2][1].tobytes() != progress[-1][2][1].tobytes()
     progress.clear()
     teacher = {"teacher": loaded.teacher, "positive": comfyui.prompt(loaded.clip), "latent": comfyui.empty(), "cfg": 3.0}
@@ -36,33 +39,69 @@ def test_previews_do_not_change_the_clip(sample, progress, comfyui):
     assert torch.equal(sample(), watched)
 
 
-def test_the_picture_has_each_frame_once_in_order(comfyui, loaded):
+@pytest.fixture
+def played(comfyui):
+    """played(latents): the still of the preview, and (frame, milliseconds) of what plays, from the bytes that the server sends."""
     import comfy.latent_formats
 
-    frames_picture = comfyui.pack("comfy_bridge.progress").frames_picture
     space = comfy.latent_formats.SD15()
     space.latent_rgb_factors, space.latent_rgb_factors_bias = [[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0, 0, 0]], None
-    shades = torch.linspace(-0.9, 0.9, 5)
-    latents = shades[:, None, None, None].expand(5, 4, 2, 4).clone()
+
+    def play(latents):
+        sent = io.BytesIO()
+        picture = comfyui.pack("comfy_bridge.progress").moving_picture(latents, space)
+        picture.save(sent, format="PNG", quality=95, compress_level=1)  # as the server does
+        with Image.open(sent) as moving:
+            assert moving.default_image
+            frames = [frame.convert("RGB").copy() for frame in ImageSequence.Iterator(moving)]
+            times = [moving.seek(i) or moving.info.get("duration") for i in range(moving.n_frames)]
+        return frames[0], list(zip(frames[1:], times[1:], strict=True))
+
+    return play
+
+
+def shades(count):
+    """A clip (count, 4, 2, 4) of one even shade a frame, darker to brighter, and its red as a preview shows it."""
+    values = torch.linspace(-0.9, 0.9, count)
+    latents = values[:, None, None, None].expand(count, 4, 2, 4).clone()
     latents[:, 1] = 1.0
-    picture = frames_picture(latents, space)
-    assert picture.width * 2 == 3 * picture.height * 2, "3 columns of 2 x 4, 2 rows"
-    step_x, step_y = picture.width // 3, picture.height // 2
-    centres = [picture.getpixel((step_x * (i % 3) + step_x // 2, step_y * (i // 3) + step_y // 2)) for i in range(6)]
-    expected = [(int((shade + 1) * 127.5), 255, int((shade + 1) * 127.5)) for shade in shades.tolist()] + [(0, 0, 0)]
-    assert all(
-        abs(a - b) <= 1 for seen, wanted in zip(centres, expected, strict=True) for a, b in zip(seen, wanted, strict=True)
-    )
-    space.latent_rgb_factors = None
-    assert frames_picture(latents, space) is None
+    return latents, values.add(1).mul(127.5).int().tolist()
 
 
-def test_of_a_long_clip_sixteen_frames_are_shown(comfyui):
+@pytest.mark.parametrize("count", [2, 5, 8, 16])
+def test_the_preview_plays_each_frame_once_in_the_clips_time(played, count):
+    latents, reds = shades(count)
+    sheet, frames = played(latents)
+    assert [frame.getpixel((10, 10)) for frame, _ in frames] == [(red, 255, red) for red in reds]
+    assert all(frame.size == sheet.size == (320, 160) and time == 125 for frame, time in frames)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 16])
+def test_the_still_has_every_frame_in_order_and_no_empty_place(played, count):
+    latents, reds = shades(count)
+    sheet, _ = played(latents)
+    columns = {1: 1, 2: 2, 5: 3, 8: 3, 16: 4}[count]
+    step_x, step_y = sheet.width / columns, sheet.height / columns
+    places = [(int((x + 0.5) * step_x), int((y + 0.5) * step_y)) for y in range(columns) for x in range(columns)]
+    seen = [sheet.getpixel(place) for place in places]
+    assert all(green == 255 and red == blue for red, green, blue in seen)
+    assert [red for red, _, _ in seen] == sorted(red for red, _, _ in seen) and {red for red, _, _ in seen} == set(reds)
+
+
+def test_of_a_long_clip_sixteen_frames_are_shown_in_the_clips_time(played):
+    latents, reds = shades(40)
+    _, frames = played(latents)
+    shown = [frame.getpixel((10, 10))[0] for frame, _ in frames]
+    assert len(shown) == 16 and shown[0] == reds[0] and shown[-1] == reds[-1] and shown == sorted(shown)
+    assert sum(time for _, time in frames) == pytest.approx(40 * 125, rel=0.01)
+
+
+def test_a_stack_without_colours_has_no_preview(comfyui):
     import comfy.latent_formats
 
     space = comfy.latent_formats.SD15()
-    picture = comfyui.pack("comfy_bridge.progress").frames_picture(torch.zeros(40, 4, 8, 8), space)
-    assert picture.size == (512, 512)  # 4 x 4 frames of 8 x 8, 16 times as large
+    space.latent_rgb_factors = None
+    assert comfyui.pack("comfy_bridge.progress").moving_picture(torch.zeros(2, 4, 2, 4), space) is None
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])

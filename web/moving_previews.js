@@ -1,0 +1,26 @@
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+
+// The previews of our samplers are moving pictures. The classic canvas draws the first frame of one, unless the node's output is said
+// to move: then it shows an <img>, which plays it. So we say so, until it is drawn. Nodes 2.0 shows an <img> anyway.
+const SAMPLERS = ["AVDM2StudentSampler", "AVDM2TeacherSampler"];
+const MOVES = { images: [{ filename: "preview.png" }], animated: [true] };
+const HEIGHT = 220; // that a node grows by for its first preview, as the canvas has it for a still one
+
+app.registerExtension({
+  name: "AVDM2.MovingPreviews",
+  setup() {
+    api.addEventListener("b_preview_with_metadata", ({ detail }) => {
+      const id = detail.displayNodeId;
+      const node = app.graph.getNodeById(id);
+      if (!SAMPLERS.includes(node?.comfyClass) || LiteGraph.vueNodesMode) return;
+      if (!node.imgs?.length) {
+        const [width, height] = node.computeSize();
+        node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height + HEIGHT)]);
+      }
+      app.nodeOutputs[id] = MOVES;
+      clearTimeout(node.avdm2Moves);
+      node.avdm2Moves = setTimeout(() => delete app.nodeOutputs[id], 2000);
+    });
+  },
+});
