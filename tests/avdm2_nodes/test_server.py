@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,13 +19,23 @@ import uuid
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from avdm2_nodes.diffusion.precision import sampling_dtype
 from avdm2_nodes.diffusion.stack import load_stack
-from avdm2_nodes.diffusion.student_file import StudentInfo, read_student, unet_config, weights_hash, write_student
+from avdm2_nodes.diffusion.student_file import (
+    StudentInfo,
+    read_student,
+    student_unet,
+    unet_config,
+    weights_hash,
+    write_student,
+)
 from tests.avdm2_nodes.conftest import HOW_TO_RUN, PROMPT, ROOT
+from training.sample import generate, student_sampler
 
 pytestmark = pytest.mark.slow
 
@@ -183,14 +194,16 @@ def client(server):
     listening.close()
 
 
-def graph(*samplers: dict, frames: int = 3, width: int = 64, height: int = 64) -> dict:
+def graph(
+    *samplers: dict, frames: int = 3, width: int = 64, height: int = 64, file: str = "near the teacher.safetensors"
+) -> dict:
     """A graph in the API's format: one loader, one prompt, and from each sampler a video, "video 0" and so on."""
     loader = {"checkpoint": "miniature (bundled)", "motion_module": "the checkpoint's own"}
     nodes = {
         "teacher": {"class_type": "AVDM2TeacherLoader", "inputs": loader},
         "student": {
             "class_type": "AVDM2StudentLoader",
-            "inputs": {"student": "near the teacher.safetensors", "teacher": ["teacher", 0]},
+            "inputs": {"student": file, "teacher": ["teacher", 0]},
         },
         "prompt": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["teacher", 1], "text": PROMPT}},
         "size": {"class_type": "EmptyLatentImage", "inputs": {"width": width, "height": height, "batch_size": frames}},
@@ -204,6 +217,12 @@ def graph(*samplers: dict, frames: int = 3, width: int = 64, height: int = 64) -
         saving = {"video": [f"clip {i}", 0], "filename_prefix": "video/clip", "format": "auto", "codec": "auto"}
         nodes[f"video {i}"] = {"class_type": "SaveVideo", "inputs": saving}
     return nodes
+
+
+def students(server) -> list[str]:
+    """The students that the loader offers."""
+    choices = server.get("/object_info/AVDM2StudentLoader")["AVDM2StudentLoader"]["input"]["required"]["student"]
+    return choices[0] if isinstance(choices[0], list) else choices[1]["options"]
 
 
 def student(seed: int, steps: int = 4) -> dict:
@@ -269,9 +288,48 @@ def test_a_student_is_saved_where_the_loader_finds_it(server):
     assert server.run(saving)["save"]["text"] == [str(path)]
     saved, own = read_student(path), read_student(server.base / "models" / "avdm2" / "near the teacher.safetensors")
     assert saved.info == own.info and all(torch.equal(tensor, own.tensors[name]) for name, tensor in saved.tensors.items())
-    choices = server.get("/object_info/AVDM2StudentLoader")["AVDM2StudentLoader"]["input"]["required"]["student"]
-    options = choices[0] if isinstance(choices[0], list) else choices[1]["options"]
-    assert os.path.join("saved", "again.safetensors") in options
+    assert os.path.join("saved", "again.safetensors") in students(server)
+
+
+def test_where_a_student_was_saved_is_shown_on_the_node(server, client):
+    inputs = {"student": ["student", 0], "name": "shown"}
+    saving = graph() | {"save": {"class_type": "AVDM2SaveStudent", "inputs": inputs}}
+    assert server.wait_for(server.submit(saving, client.id))["status"]["status_str"] == "success"
+    path = str(server.base / "models" / "avdm2" / "shown.safetensors")
+    texts = [data for _, data in client.wait_for("binary") if data[:4] == (3).to_bytes(4, "big")]
+    assert texts == [(3).to_bytes(4, "big") + (4).to_bytes(4, "big") + b"save" + path.encode()]
+
+
+def test_a_student_made_while_the_server_runs_samples_there(server, tmp_path):
+    """Distilled by the command from the shipped teacher, in a few large updates, and copied to where a person would put it."""
+    settings = {
+        "run.folder": tmp_path / "run", "run.updates": 3, "run.batch": 2, "run.device": "cpu", "run.threads": 1,
+        "data.folder": tmp_path / "clips", "data.render": 8, "student.lr": 1e-3, "student.warmup": 0, "student.ema": 0,
+        "critic_warmup": 1, "evaluation.clips": 6, "evaluation.teacher_steps": 2,
+    }  # fmt: skip
+    arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, str(ROOT / "training" / "distill.py"), *arguments]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=RUN)
+    assert made.returncode == 0, made.stdout + made.stderr
+    file = tmp_path / "run" / "student.safetensors"
+    assert "fresh.safetensors" not in students(server)
+    shutil.copy(file, server.base / "models" / "avdm2" / "fresh.safetensors")
+    assert "fresh.safetensors" in students(server)
+
+    def frames(name: str) -> torch.Tensor:
+        saving = {"images": ["frames 0", 0], "filename_prefix": name}
+        stills = {"stills": {"class_type": "SaveImage", "inputs": saving}}
+        saved = server.run(graph(student(seed=6, steps=0), frames=8, file=f"{name}.safetensors") | stills)["stills"]["images"]
+        pictures = [np.asarray(Image.open(server.base / "output" / each["filename"])) for each in saved]
+        return torch.from_numpy(np.stack(pictures)).float()
+
+    stack, made = load_stack(ROOT / "miniature", with_motion=False), read_student(file)
+    network = student_unet(made, stack.image_unet)
+    torch.nn.Module.to(network, sampling_dtype(torch.device("cpu")))
+    sampler = student_sampler(network, made.info.timesteps, made.info.frames)
+    expected = generate(sampler, stack, [PROMPT], [6], 8, 64, 64)[0].float()
+    assert (frames("fresh") - expected).abs().max() <= 1
+    assert (frames("near the teacher") - expected).abs().mean() > 2, "another student's clip is another"
 
 
 def test_an_interrupt_stops_a_long_run_within_a_step(server, client, record_property):
