@@ -36,6 +36,7 @@ BETTER = {
     "density": "higher",
     "diversity": "higher",
 }
+PUBLIC_BETTER = {"FVD": "lower", "VideoMAE distance": "lower", "CLIPScore": "higher"}  # of `backbones`
 
 
 def measure(frames: np.ndarray, contents: Sequence[Content], net: VideoFeatures) -> dict[str, np.ndarray]:
@@ -75,15 +76,15 @@ def figures(
             result[name] = (float(fn(*arrays)), *bootstrap_interval(fn, arrays, 500, rng))
     kid, error = kernel_distance(real["features"], row["features"], rng)
     result["KID"] = (kid, kid - 1.96 * error, kid + 1.96 * error)
-    result["Fréchet distance"] = _spread(frechet_distance, real["features"], row["features"], rng)
-    result["coverage"] = _spread(lambda a, b: coverage_and_density(a, b)[0], real["features"], row["features"], rng)
-    result["density"] = _spread(lambda a, b: coverage_and_density(a, b)[1], real["features"], row["features"], rng)
+    result["Fréchet distance"] = spread(frechet_distance, real["features"], row["features"], rng)
+    result["coverage"] = spread(lambda a, b: coverage_and_density(a, b)[0], real["features"], row["features"], rng)
+    result["density"] = spread(lambda a, b: coverage_and_density(a, b)[1], real["features"], row["features"], rng)
     if len(set(prompts)) < len(prompts):
         result["diversity"] = _clustered_diversity(row["features"], prompts, rng)
     return result
 
 
-def _spread(fn: Callable[..., float], real: np.ndarray, generated: np.ndarray, rng: np.random.Generator) -> Figure:
+def spread(fn: Callable[..., float], real: np.ndarray, generated: np.ndarray, rng: np.random.Generator) -> Figure:
     """The value with the spread that redrawing the generated clips gives it."""
     value = fn(real, generated)
     draws = [fn(real, generated[rng.integers(0, len(generated), len(generated))]) for _ in range(40)]

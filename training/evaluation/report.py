@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from training.evaluation.measure import BETTER, Figure
+from training.evaluation.measure import BETTER, PUBLIC_BETTER, Figure
 
 _DIGITS = {"KID": 3, "Fréchet distance": 2, "motion error": 2, "jitter": 2, "diversity": 2, "seconds": 3}
 _PERCENT = {"accuracy", "size", "colour", "shape", "motion", "background", "coverage", "dynamic degree"}
@@ -41,7 +41,7 @@ def markdown_table(rows: Mapping[str, Mapping[str, Figure]], costs: Mapping[str,
     keys = list(dict.fromkeys(key for row in rows.values() for key in row))
     cost_keys = list(dict.fromkeys(key for cost in costs.values() for key in cost))
     arrows = {"higher": " ↑", "lower": " ↓"}
-    head = ["", *(key + arrows.get(BETTER.get(key, ""), "") for key in keys), *cost_keys]
+    head = ["", *(key + arrows.get((BETTER | PUBLIC_BETTER).get(key, ""), "") for key in keys), *cost_keys]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for name, row in rows.items():
         cells = [_cell(key, row.get(key)) for key in keys]
