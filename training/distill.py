@@ -24,11 +24,10 @@ from avdm2_nodes.diffusion.student_file import (
     StudentInfo,
     read_student,
     student_unet,
-    unet_config,
     weights_hash,
     write_student,
 )
-from avdm2_nodes.diffusion.unets import Predictor, encoder_features, video_predictor
+from avdm2_nodes.diffusion.unets import Predictor, video_predictor
 from training import console
 from training.checkpoint import CheckpointError
 from training.config import ConfigError, DistillConfig, load_config, to_yaml
@@ -76,7 +75,7 @@ def distil(config: DistillConfig, run: RunFolder, report: bool = True) -> Path:
     for part in (stack.vae, stack.text_encoder):
         part.to(device)
     data = LatentClips(clips, stack, device, config.run.precision)
-    heads = new_heads(config, stack, data).to(device)
+    heads = new_heads(config, roles, data).to(device)
     distillation = Distillation(config, roles, heads, data.text([""]), device)
 
     gallery = new_gallery(config, stack, clips.captions)
@@ -125,11 +124,11 @@ def new_roles(config: DistillConfig, stack: Stack, score_unet: UNet2DConditionMo
     )
 
 
-def new_heads(config: DistillConfig, stack: Stack, data: LatentClips) -> DiscriminatorHeads:
+def new_heads(config: DistillConfig, roles: Roles, data: LatentClips) -> DiscriminatorHeads:
     """Discriminator heads for the features that this teacher's encoder gives, initialised from the run's seed."""
     clips, text = data.batch([0])
     with torch.no_grad():
-        features = encoder_features(stack.teacher, clips.cpu(), torch.zeros(1, dtype=torch.long), text.cpu())
+        features = roles.encoder(clips, torch.zeros(1, dtype=torch.long, device=clips.device), text)
     torch.manual_seed(config.run.seed)
     return DiscriminatorHeads([feature.shape[1] for feature in features])
 
@@ -155,7 +154,7 @@ def export(config: DistillConfig, run: RunFolder, stack: Stack, roles: Roles, sc
         frames=config.data.frames,
         height=config.data.height,
         width=config.data.width,
-        unet_config=unet_config(stack.teacher),
+        unet_config=roles.student_config,
         base_name=stack.folder.name,
         base_hash=weights_hash(stack.image_unet),
         score_name=(config.model.score_unet or stack.folder).name,

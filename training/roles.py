@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from avdm2_nodes.diffusion.stack import Stack, StackError
+from avdm2_nodes.diffusion.student_file import unet_config
 from avdm2_nodes.diffusion.unets import (
     Predictor,
     encoder_features,
@@ -49,6 +50,7 @@ class Roles:
     student_weights: dict[str, nn.Parameter]
     fake_weights: dict[str, nn.Parameter]
     student_positions: dict[str, Tensor]  # position encodings of the student's motion modules: buffers, never trained
+    student_config: dict  # what builds its UNet again
     modules: list[nn.Module] = field(repr=False)  # everything that has to be on the device
 
     def to(self, device: torch.device) -> "Roles":
@@ -172,6 +174,7 @@ def build_roles(
         student_weights=student_weights,
         fake_weights=fake_weights,
         student_positions=_positions(student),
+        student_config=unet_config(student),
         modules=[teacher, student, real, fake],
     )
 
@@ -191,6 +194,7 @@ def _copies(stack: Stack, score_unet: UNet2DConditionModel, gradient_checkpointi
         student_weights=dict(student.named_parameters()),
         fake_weights=dict(fake.named_parameters()),
         student_positions=_positions(student),
+        student_config=unet_config(student),
         modules=[teacher, student, real, fake],
     )
 
