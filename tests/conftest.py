@@ -94,7 +94,7 @@ def make_config():
         "student": {"warmup": 2, "lr": 1e-3},
         "sdm": {"lr": 1e-3, "updates_per_student": 1},
         "adm": {"lr": 1e-3, "updates_per_student": 1},
-        "critic_warmup": 0,
+        "warmup": {"updates": 0},
         "evaluation": {"clips": 6, "teacher_steps": 1},
     }
 

@@ -95,6 +95,15 @@ class StudentConfig(Section):
     clip: float = Field(1.0, gt=0, description="largest norm of a gradient, for the critics' too")
 
 
+class WarmupConfig(Section):
+    updates: int = Field(60, ge=0, description="updates before distribution matching: the critics learn, the student as below")
+    guidance: float = Field(
+        2.0, ge=1, description="CFG scale of the teacher that the student meanwhile learns to do without; 1 leaves it as it is"
+    )
+    substeps: int = Field(2, ge=1, description="steps of that teacher for one of the student's")
+    lr: float = Field(1e-4, gt=0, description="learning rate of the student meanwhile")
+
+
 class SdmConfig(Section):
     weight: float = Field(0.5, ge=0, description="of 2D score distribution matching in the student's loss; 0 leaves it out")
     frames: int = Field(2, ge=1, description="random frames per clip that it looks at")
@@ -141,7 +150,7 @@ class DistillConfig(BaseSettings):
     student: StudentConfig = Field(StudentConfig(), description="the student and its optimiser")
     sdm: SdmConfig = Field(SdmConfig(), description="2D score distribution matching")
     adm: AdmConfig = Field(AdmConfig(), description="adversarial distribution matching")
-    critic_warmup: int = Field(12, ge=0, description="updates of the critics alone before the first of the student")
+    warmup: WarmupConfig = Field(WarmupConfig(), description="what comes before distribution matching")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="the report at the end")
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise
+from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise, teacher_x0
 from avdm2_nodes.diffusion.schedules import IMAGE, TRAIN_TIMESTEPS, VIDEO
 from avdm2_nodes.diffusion.sdm import score_pair, sdm_gradient
 from training.checkpoint import Checkpoints
@@ -24,6 +24,7 @@ from training.losses import (
     adm_student_loss,
     approximate_r1,
     denoising_loss,
+    guidance_loss,
     scale_gradient,
     sdm_loss,
 )
@@ -44,18 +45,15 @@ class DivergedError(RuntimeError):
 class Learner:
     """Weights with their optimiser: gradients clipped by norm, steps that are not finite skipped and counted."""
 
-    def __init__(
-        self, name: str, weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, clip: float, warmup: int = 0
-    ):
-        self.name, self.weights, self.optimiser, self.clip, self.warmup = name, weights, optimiser, clip, warmup
-        self.lr = optimiser.param_groups[0]["lr"]
+    def __init__(self, name: str, weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, clip: float):
+        self.name, self.weights, self.optimiser, self.clip = name, weights, optimiser, clip
         self.steps = self.skipped = self.skipped_in_a_row = 0
 
-    def step(self, loss: float) -> float:
+    def step(self, loss: float, lr: float) -> float:
         """One update from the gradients that were accumulated; returns their norm. DivergedError after `MAX_BAD_STEPS` bad ones."""
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.clip).item()
         if math.isfinite(norm) and math.isfinite(loss):
-            self.optimiser.param_groups[0]["lr"] = self.lr * min(1.0, (self.steps + 1) / max(1, self.warmup))
+            self.optimiser.param_groups[0]["lr"] = lr
             self.optimiser.step()
             self.steps += 1
             self.skipped_in_a_row = 0
@@ -89,8 +87,10 @@ class Made:
     samples: range  # global sample numbers, which key all randomness
     text: Tensor  # (B, L, D)
     real: Tensor  # (B, C, F, h, w), clips of the data with the same captions
-    fake: Tensor  # (B, C, F, h, w), the student's x0, detached
-    least: Tensor  # (B,) timesteps of the video schedule: from here on the clip is judged
+    x_t: Tensor  # (B, C, F, h, w), states of the student's chain at t
+    t: Tensor  # (B,)
+    next_t: Tensor  # (B,) timesteps that the chain goes on at, 0 at its end
+    fake: Tensor  # (B, C, F, h, w), the x0 that it made of x_t, detached
 
 
 class Distillation:
@@ -104,7 +104,7 @@ class Distillation:
         adamw = torch.optim.AdamW(
             roles.student_weights.values(), lr=student.lr, betas=student.betas, weight_decay=student.weight_decay
         )
-        self.student = Learner("student", roles.student_weights, adamw, student.clip, student.warmup)
+        self.student = Learner("student", roles.student_weights, adamw, student.clip)
         adamw = torch.optim.AdamW(roles.fake_weights.values(), lr=sdm.lr, betas=sdm.betas, weight_decay=0.0)
         self.fake = Learner("fake score", roles.fake_weights, adamw, student.clip)
         adam = torch.optim.Adam(heads.parameters(), lr=adm.lr, betas=adm.betas)
@@ -121,23 +121,28 @@ class Distillation:
     def autocast(self, cache: bool = True):
         return autocast(self.device, self.config.run.precision, cache)
 
-    def make_clips(self, clips: Tensor, text: Tensor, samples: range) -> tuple[Tensor, Tensor]:
-        """The student's x0 (B, C, F, h, w), each sample's at a step of its own chain, and the timesteps (B,) to judge them from.
-
-        An x0 in the middle of the chain is diffused to the next step, so its law matters at that timestep and above only; judged
-        at lower ones, each step would have to be a one-step generator, and motion freezes (Phased DMD, arXiv 2510.27684).
-        """
+    def make_clips(self, real: Tensor, text: Tensor, samples: range) -> tuple[Made, Tensor]:
+        """The student's clips, each at a step of its own chain, and the same x0 (B, C, F, h, w) with its gradient."""
         config = self.config
         timesteps = torch.as_tensor(config.student.steps)
         steps = chain_steps(samples, len(timesteps), config.run.seed)
         generators = sample_generators(samples, config.run.seed, "student")
-        noise = draw_noise(clips.shape, generators, self.device)
+        noise = draw_noise(real.shape, generators, self.device)
         with self.autocast(cache=False):
-            _, x0 = backward_simulation(self.roles.student, noise, text, timesteps.tolist(), steps, generators)
+            x_t, x0 = backward_simulation(self.roles.student, noise, text, timesteps.tolist(), steps, generators)
         # x0 = (x_t - sigma eps) / alpha magnifies an error of eps up to 25 times, and its gradient with it.
-        alpha, sigma = VIDEO.alpha_sigma(timesteps[steps].to(x0.device), x0)
-        least = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.long)])[steps]
-        return scale_gradient(x0, (alpha / sigma).clamp(max=1.0)), least * config.student.phased
+        t = timesteps[steps].to(x0.device)
+        alpha, sigma = VIDEO.alpha_sigma(t, x0)
+        next_t = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.long)])[steps].to(x0.device)
+        return Made(samples, text, real, x_t, t, next_t, x0.detach()), scale_gradient(x0, (alpha / sigma).clamp(max=1.0))
+
+    def judged_from(self, made: Made) -> Tensor:
+        """(B,) timesteps of the video schedule at and above which the clips are judged.
+
+        An x0 in the middle of the chain is diffused to the next step, so its law matters at that timestep and above only; judged
+        at lower ones, each step would have to be a one-step generator, and motion freezes (Phased DMD, arXiv 2510.27684).
+        """
+        return made.next_t.cpu() * self.config.student.phased
 
     def draw_frames(self, made: Made, clips: Tensor, generators, t_min: int, t_max: int) -> tuple[Tensor, ...]:
         """K random frames of each clip (B * K, C, h, w), and noise, timesteps (B * K,) and text (B * K, L, D) for them."""
@@ -145,21 +150,30 @@ class Distillation:
         draws = 1 if config.shared_noise else count
         chosen = draw_frames(generators, clips.shape[2], count).to(self.device)
         frames = clips.transpose(1, 2)[torch.arange(len(clips), device=self.device)[:, None], chosen]
-        low = IMAGE.timestep_of(VIDEO.alphas_cumprod[made.least]).clamp(t_min, t_max)
+        low = IMAGE.timestep_of(VIDEO.alphas_cumprod[self.judged_from(made)]).clamp(t_min, t_max)
         t = torch.stack([draw_timesteps(generators, low, t_max) for _ in range(draws)], 1).to(self.device)
         noise = draw_noise((len(clips), draws, *frames.shape[2:]), generators, self.device)
         t, noise = t.expand(-1, count), noise.expand(-1, count, -1, -1, -1)
         return frames.flatten(0, 1), noise.flatten(0, 1), t.flatten(), made.text.repeat_interleave(count, 0)
 
-    def diffuse(self, clips: Tensor, least: Tensor, generators) -> tuple[Tensor, Tensor]:
-        """(x_t, t): clips diffused to a random timestep of ADM's range, `least` (B,) or above."""
+    def diffuse(self, made: Made, clips: Tensor, generators) -> tuple[Tensor, Tensor]:
+        """(x_t, t): clips diffused to random timesteps of ADM's range."""
         config = self.config.adm
-        t = draw_timesteps(generators, least.clamp(config.t_min, config.t_max), config.t_max).to(self.device)
+        t = draw_timesteps(generators, self.judged_from(made).clamp(config.t_min, config.t_max), config.t_max).to(self.device)
         return VIDEO.diffuse(clips, draw_noise(clips.shape, generators, self.device), t), t
 
     def logits(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         with self.autocast():
             return self.heads(self.roles.encoder(x_t, t, text))
+
+    def guidance(self, made: Made, clips: Tensor) -> Tensor:
+        """The loss that teaches the student what the guided teacher makes of its states, on the way to the next step."""
+        warmup = self.config.warmup
+        with self.autocast():
+            guided_x0 = teacher_x0(
+                self.roles.teacher, made.x_t, made.t, made.next_t, made.text, self.empty_text, warmup.guidance, warmup.substeps
+            )
+        return guidance_loss(clips, guided_x0)
 
     def sdm(self, made: Made, clips: Tensor) -> Tensor:
         """The student's SDM loss on its clips."""
@@ -175,7 +189,7 @@ class Distillation:
     def adm(self, made: Made, clips: Tensor) -> Tensor:
         """The student's ADM loss on its clips; the gradient flows through the frozen encoder."""
         generators = sample_generators(made.samples, self.config.run.seed, "adm")
-        return adm_student_loss(self.logits(*self.diffuse(clips, made.least, generators), made.text))
+        return adm_student_loss(self.logits(*self.diffuse(made, clips, generators), made.text))
 
     def fake_loss(self, made: Made, turn: int) -> Tensor:
         """The fake score's denoising loss on frames of the student's clips."""
@@ -189,8 +203,8 @@ class Distillation:
         config, seed = self.config.adm, self.config.run.seed
         fake = sample_generators(made.samples, seed, "critic fake", turn)
         real = sample_generators(made.samples, seed, "critic real", turn)
-        fake_logits = self.logits(*self.diffuse(made.fake, made.least, fake), made.text)
-        x_t, t = self.diffuse(made.real, made.least, real)
+        fake_logits = self.logits(*self.diffuse(made, made.fake, fake), made.text)
+        x_t, t = self.diffuse(made, made.real, real)
         real_logits = self.logits(x_t, t, made.text)
         loss = adm_discriminator_loss(fake_logits, real_logits)
         if config.r1_weight > 0:
@@ -198,16 +212,33 @@ class Distillation:
             loss = loss + config.r1_weight * approximate_r1(real_logits, self.logits(near, t, made.text), config.r1_sigma)
         return loss
 
+    def student_losses(self, step: int, made: Made, clips: Tensor) -> dict[str, Tensor]:
+        """The student's weighted losses at a step: of guidance in the warm-up, then of distribution matching."""
+        config = self.config
+        if step < config.warmup.updates:
+            return {"guidance": self.guidance(made, clips)}
+        losses = {}
+        if config.sdm.weight > 0:
+            losses["sdm"] = config.sdm.weight * self.sdm(made, clips)
+        if config.adm.weight > 0 and step - config.warmup.updates >= config.adm.start_update:
+            losses["adm"] = config.adm.weight * self.adm(made, clips)
+        return losses
+
+    def student_lr(self, step: int) -> float:
+        """Its learning rate at a step; each of the two phases begins with a ramp."""
+        config = self.config
+        if step < config.warmup.updates:
+            return config.warmup.lr * min(1.0, (step + 1) / max(1, config.student.warmup))
+        return config.student.lr * min(1.0, (step - config.warmup.updates + 1) / max(1, config.student.warmup))
+
     def update(self, step: int, data: LatentClips) -> dict[str, float]:
         """One step: the student's update with the critics as they stand, then theirs on the clips that it made.
 
-        The clips are made once and serve both. Before `critic_warmup` steps the student is left as it is. Returns the losses and
-        gradient norms.
+        The clips are made once and serve both. Returns the losses and gradient norms.
         """
         config = self.config
         batch, part = config.run.batch, config.run.batch // config.run.accumulate
-        trains_student = step >= config.critic_warmup
-        uses_adm = config.adm.weight > 0 and step - config.critic_warmup >= config.adm.start_update
+        trains_student = step >= config.warmup.updates or config.warmup.guidance != 1
         figures: dict[str, float] = {}
         made_parts = []
         order = indices(step * batch, batch, len(data), config.run.seed)
@@ -215,36 +246,33 @@ class Distillation:
             real, text = data.batch(order[start : start + part])
             samples = range(step * batch + start, step * batch + start + part)
             with torch.set_grad_enabled(trains_student):
-                clips, least = self.make_clips(real, text, samples)
-            made = Made(samples, text, real, clips.detach(), least)
+                made, clips = self.make_clips(real, text, samples)
             made_parts.append(made)
             if trains_student:
-                terms = {}
-                if config.sdm.weight > 0:
-                    terms["sdm"] = config.sdm.weight * self.sdm(made, clips)
-                if uses_adm:
-                    terms["adm"] = config.adm.weight * self.adm(made, clips)
-                (sum(terms.values()) / config.run.accumulate).backward()
-                _add(figures, terms, config.run.accumulate)
+                losses = self.student_losses(step, made, clips)
+                (sum(losses.values()) / config.run.accumulate).backward()
+                _add(figures, losses, config.run.accumulate)
         if trains_student:
-            figures["student_norm"] = self.student.step(figures.get("sdm", 0.0) + figures.get("adm", 0.0))
+            figures["student_norm"] = self.student.step(sum(figures.values()), self.student_lr(step))
             self.critic.optimiser.zero_grad(set_to_none=True)  # the student's loss left gradients in the heads
             self.ema.update()
         if config.sdm.weight > 0:
             for turn in range(config.sdm.updates_per_student):
-                figures |= self._critic_update(self.fake, "fake", self.fake_loss, made_parts, turn)
+                figures |= self._critic_update(self.fake, "fake", self.fake_loss, made_parts, turn, config.sdm.lr)
         if config.adm.weight > 0:
             for turn in range(config.adm.updates_per_student):
-                figures |= self._critic_update(self.critic, "critic", self.critic_loss, made_parts, turn)
+                figures |= self._critic_update(self.critic, "critic", self.critic_loss, made_parts, turn, config.adm.lr)
         return figures
 
-    def _critic_update(self, learner: Learner, name: str, loss_of: Callable, parts: list[Made], turn: int) -> dict[str, float]:
+    def _critic_update(
+        self, learner: Learner, name: str, loss_of: Callable, parts: list[Made], turn: int, lr: float
+    ) -> dict[str, float]:
         figures: dict[str, float] = {}
         for made in parts:
             loss = loss_of(made, turn)
             (loss / len(parts)).backward()
             _add(figures, {name: loss}, len(parts))
-        return figures | {f"{name}_norm": learner.step(figures[name])}
+        return figures | {f"{name}_norm": learner.step(figures[name], lr)}
 
 
 def _add(figures: dict[str, float], terms: dict[str, Tensor], parts: int) -> None:
@@ -271,10 +299,10 @@ def train(
     if found:
         start, state = found
         seconds = state.pop("seconds")
-    total = config.critic_warmup + config.run.updates
+    total = config.warmup.updates + config.run.updates
     if start > total:
         raise RunFolderError(
-            f"Expected at most {config.run.updates} updates in {run.path}, found {start - config.critic_warmup}; "
+            f"Expected at most {config.run.updates} updates in {run.path}, found {start - config.warmup.updates}; "
             "raise --run.updates, or name another folder with --run.folder."
         )
     run.start(config, start)  # refuses settings that the checkpoint does not fit
@@ -294,7 +322,9 @@ def train(
             run.write_stats(done, figures)
             log(done, figures)
             bar.update()
-            bar.set_postfix({k: f"{figures[k]:.3f}" for k in ("sdm", "adm", "fake", "critic") if k in figures} | skipped)
+            bar.set_postfix(
+                {k: f"{figures[k]:.3f}" for k in ("guidance", "sdm", "adm", "fake", "critic") if k in figures} | skipped
+            )
             if done % config.run.save_every == 0 or done == total:
                 checkpoints.save(done, distillation.state_dict() | {"seconds": time.monotonic() - began})
             if done % config.run.sample_every == 0 and done < total:

@@ -11,6 +11,11 @@ def sdm_loss(frames: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * F.mse_loss(frames, (frames - gradient).detach())
 
 
+def guidance_loss(x0: Tensor, guided_x0: Tensor) -> Tensor:
+    """1/2 mean((x0 - the guided teacher's)^2), any one shape (Meng et al., arXiv 2210.03142, stage one)."""
+    return 0.5 * F.mse_loss(x0.float(), guided_x0.float())
+
+
 def denoising_loss(eps: Tensor, noise: Tensor) -> Tensor:
     """Epsilon-MSE (Ho et al., arXiv 2006.11239, L_simple); both of one shape."""
     return F.mse_loss(eps.float(), noise.float())

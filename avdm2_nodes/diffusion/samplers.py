@@ -103,6 +103,26 @@ def backward_simulation(
     return x_t, predict_x0(student, x_t, torch.as_tensor(timesteps)[steps].to(x_t.device), text)
 
 
+@torch.no_grad()
+def teacher_x0(
+    teacher: Predictor, x_t: Tensor, t: Tensor, until: Tensor, text: Tensor, empty_text: Tensor, guidance: float, substeps: int
+) -> Tensor:
+    """The guided teacher's x0 for x_t at t (B,), after `substeps` DDIM steps evenly spaced from t towards `until` (B,).
+
+    The last step predicts and does not move. With one substep it is the guided prediction itself (Meng et al., arXiv 2210.03142);
+    more follow the teacher's trajectory to a sharper one (progressive distillation, Salimans & Ho, arXiv 2202.00512).
+    """
+    text, timesteps = torch.cat([empty_text.expand_as(text), text]), t
+    for i in range(1, substeps + 1):
+        eps = teacher(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), text)
+        eps = classifier_free_guidance(*eps.chunk(2), guidance)
+        x0 = VIDEO.x0_from_eps(x_t, eps, timesteps)
+        if i < substeps:
+            timesteps = (t + (until - t) * i / substeps).round().long()
+            x_t = VIDEO.diffuse(x0, eps, timesteps)
+    return x0
+
+
 def begin(timesteps: Sequence[int], noise: Tensor, clip: Tensor | None, denoise: float) -> tuple[list[int], Tensor]:
     """Where video-to-video starts: the timesteps up to 1000 * denoise, and `clip` diffused to the first of them with `noise`.
 

@@ -44,8 +44,8 @@ def test_the_main_job_needs_no_arguments(monkeypatch, tmp_path):
 
 
 def test_layers(load):
-    config = load("run: {seed: 3, batch: 4}\nsdm:\nadm:\n  lr: 1e-3", "--run.seed", "5", "--critic_warmup=0")
-    assert (config.run.seed, config.run.batch, config.run.updates, config.critic_warmup) == (5, 4, 150, 0)
+    config = load("run: {seed: 3, batch: 4}\nsdm:\nadm:\n  lr: 1e-3", "--run.seed", "5", "--warmup.updates=0")
+    assert (config.run.seed, config.run.batch, config.run.updates, config.warmup.updates) == (5, 4, 150, 0)
     assert config.adm.lr == 1e-3 and config.sdm == DistillConfig().sdm
 
 
@@ -204,7 +204,7 @@ def test_settings_are_frozen():
     with pytest.raises(ValidationError):
         config.run.seed = 1
     with pytest.raises(ValidationError):
-        config.critic_warmup = 1
+        config.warmup.updates = 1
 
 
 def test_training_changes(load):

@@ -39,7 +39,7 @@ def settings(work, stack_folder, make_config):
             "data": {"folder": str(work / "data"), "render": 5},
             "model": {"teacher": str(stack_folder)},
             "student": {"steps": [999, 499]},
-            "critic_warmup": 1,
+            "warmup": {"updates": 1},
             "evaluation": {"teacher_steps": 2, "world": "miniature"},
         }
         for name, values in changes.items():

@@ -5,9 +5,10 @@ from operator import eq
 import pytest
 import torch
 
+from avdm2_nodes.diffusion.samplers import predict_x0
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
 from training.checkpoint import Checkpoints
-from training.loop import MAX_BAD_STEPS, DivergedError, Made, train
+from training.loop import MAX_BAD_STEPS, DivergedError, train
 from training.randomness import chain_steps
 from training.run_folder import RunFolder, RunFolderError
 
@@ -69,7 +70,10 @@ def stats(folder):
 )
 def test_a_run_that_was_stopped_and_resumed_ends_bitwise_as_one_that_was_not(go, make_config, tmp_path, model):
     config = make_config(
-        run={"updates": 3, "save_every": 1, "sample_every": 2}, model=model, student={"steps": [999, 499]}, critic_warmup=2
+        run={"updates": 3, "save_every": 1, "sample_every": 2},
+        model=model,
+        student={"steps": [999, 499]},
+        warmup={"updates": 2},
     )
     straight = go(config, tmp_path / "straight")
     # One after another in the same run: within the critics' warm-up, before and after the student's first update.
@@ -218,8 +222,8 @@ def test_accumulating_gradients_changes_nothing(stack, make_distillation, make_c
         assert x.keys() == y.keys() and all(x[key] == pytest.approx(y[key], rel=1e-3) for key in x)
 
 
-def test_in_the_critics_warm_up_the_student_stands_still(stack, make_distillation, make_config, random_clips):
-    run = make_distillation(stack, make_config(critic_warmup=1, student={"steps": [499]}))
+def test_in_a_warm_up_without_guidance_the_student_stands_still(stack, make_distillation, make_config, random_clips):
+    run = make_distillation(stack, make_config(warmup={"updates": 1, "guidance": 1.0}, student={"steps": [499]}))
     before = flat(run.state_dict())
     figures = run.update(0, random_clips)
     assert set(figures) == {"fake", "fake_norm", "critic", "critic_norm"}
@@ -227,6 +231,35 @@ def test_in_the_critics_warm_up_the_student_stands_still(stack, make_distillatio
     assert changed and {name.split(".")[0] for name in changed} == {"fake", "critic"}
     assert {"sdm", "adm", "student_norm"} < run.update(1, random_clips).keys()
     assert moved(run.roles.student_weights, {k.removeprefix("student.weights."): v for k, v in before.items()})
+
+
+def test_in_the_warm_up_the_student_learns_what_the_guided_teacher_makes_of_its_states(
+    stack, make_distillation, make_config, random_clips
+):
+    warmup = {"updates": 60, "guidance": 4.0, "substeps": 2, "lr": 1e-4}
+    run = make_distillation(stack, make_config(warmup=warmup, student={"steps": [499]}))
+    run.empty_text = torch.randn(run.empty_text.shape, generator=torch.Generator().manual_seed(3))
+    real, text = random_clips.batch([0, 1, 2, 3, 4])
+
+    def distance():
+        """From the student's x0 to the teacher's after two guided DDIM steps, 499 and 250, from noise that was not trained on."""
+        x_t = torch.randn(real.shape, generator=torch.Generator().manual_seed(9))
+        with torch.no_grad():
+            y = x_t
+            for t, after in ((499, 250), (250, None)):
+                unguided, plain = (run.roles.teacher(y, torch.full((5,), t), c) for c in (run.empty_text.expand_as(text), text))
+                eps = unguided + 4.0 * (plain - unguided)
+                abar = VIDEO.alphas_cumprod[t].item()
+                x0 = (y - (1 - abar) ** 0.5 * eps) / abar**0.5
+                if after:
+                    abar = VIDEO.alphas_cumprod[after].item()
+                    y = abar**0.5 * x0 + (1 - abar) ** 0.5 * eps
+            return (predict_x0(run.roles.student, x_t, 499, text) - x0).norm()
+
+    before = distance()
+    figures = [run.update(step, random_clips) for step in range(60)]
+    assert all(set(f) == {"guidance", "student_norm", "fake", "fake_norm", "critic", "critic_norm"} for f in figures)
+    assert distance() < 0.75 * before
 
 
 @pytest.mark.parametrize(("off", "idle"), [("adm", "critic"), ("sdm", "fake")])
@@ -242,7 +275,7 @@ def test_either_loss_alone(stack, make_distillation, make_config, random_clips, 
 
 
 def test_adm_may_start_later_for_the_student_while_its_critic_learns(stack, make_distillation, make_config, random_clips):
-    run = make_distillation(stack, make_config(adm={"start_update": 1}, critic_warmup=1, student={"steps": [499]}))
+    run = make_distillation(stack, make_config(adm={"start_update": 1}, warmup={"updates": 1}, student={"steps": [499]}))
     figures = [run.update(step, random_clips) for step in range(3)]
     assert ["adm" in f for f in figures] == [False, False, True]
     assert ["sdm" in f for f in figures] == [False, True, True]
@@ -261,13 +294,14 @@ def test_the_critics_learn_as_often_as_asked_and_on_fresh_noise(stack, make_dist
     assert len({loss.item() for loss in losses}) == 6 and all(loss.isfinite() for loss in losses)
 
 
-def test_the_students_learning_rate_is_warmed_up(stack, make_distillation, make_config, random_clips):
-    run = make_distillation(stack, make_config(student={"steps": [499], "warmup": 4, "lr": 1e-3}))
+def test_the_students_learning_rate_rises_in_each_phase(stack, make_distillation, make_config, random_clips):
+    student = {"steps": [499], "warmup": 2, "lr": 1e-3}
+    run = make_distillation(stack, make_config(student=student, warmup={"updates": 3, "lr": 4e-3}))
     rates = []
-    for step in range(3):
+    for step in range(6):
         run.update(step, random_clips)
         rates.append(run.student.optimiser.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3])
+    assert rates == pytest.approx([2e-3, 4e-3, 4e-3, 0.5e-3, 1e-3, 1e-3])
 
 
 def test_every_step_of_the_chain_is_trained_equally(stack, make_distillation, make_config, random_clips):
@@ -299,8 +333,7 @@ def test_a_step_is_judged_from_the_noise_of_the_next_on(stack, make_distillation
         samples = range(first, first + 2)
         nexts.append(torch.tensor([749, 499, 249, 0])[chain_steps(samples, 4, run.config.run.seed)])
         with torch.no_grad():
-            clips, least = run.make_clips(real, text, samples)
-            made = Made(samples, text, real, clips, least)
+            made, clips = run.make_clips(real, text, samples)
             run.sdm(made, clips), run.adm(made, clips)
     t, frames_t, least = torch.cat(video), torch.cat(image), torch.cat(nexts)
     noisy_enough = t >= least
@@ -316,7 +349,7 @@ def test_the_gradient_into_x0_is_damped_by_alpha_over_sigma(stack, make_distilla
     scale = torch.ones((), requires_grad=True)
     run.roles.student = lambda x_t, t, text: scale * x_t
     real, text = random_clips.batch([0])
-    clips, _ = run.make_clips(real, text, range(1))
+    _, clips = run.make_clips(real, text, range(1))
     clips.sum().backward()
     alpha, sigma = {999: (0.0402, 0.99919), 749: (0.1533, 0.98818), 249: (0.75556, 0.65508)}[t]
     x_t = clips.detach().sum() / ((1 - sigma) / alpha)
@@ -330,8 +363,8 @@ def test_bf16_keeps_the_gradient_of_a_later_step(stack, make_distillation, make_
         config = make_config(run={"precision": precision}, student={"steps": [999, 499]})
         run = make_distillation(stack, config)
         real, text = random_clips.batch([0, 1])
-        clips, least = run.make_clips(real, text, range(2))  # one sample at each of the two steps
-        run.adm(Made(range(2), text, real, clips.detach(), least), clips).backward()
+        made, clips = run.make_clips(real, text, range(2))  # one sample at each of the two steps
+        run.adm(made, clips).backward()
         norms.append({name: p.grad.norm().item() for name, p in run.roles.student_weights.items()})
     exact, half = norms
     assert sum(half.values()) == pytest.approx(sum(exact.values()), rel=0.2)

@@ -8,6 +8,7 @@ from training.losses import (
     adm_student_loss,
     approximate_r1,
     denoising_loss,
+    guidance_loss,
     scale_gradient,
     sdm_loss,
 )
@@ -59,6 +60,13 @@ def test_approximate_r1_of_a_linear_discriminator_is_its_squared_slope(sigma):
     x, noise = torch.randn(2, 40_000, 6, generator=generator, dtype=torch.float64)
     penalty = approximate_r1(x @ weight, (x + sigma * noise) @ weight, sigma).item()
     assert penalty == pytest.approx(weight.square().sum().item(), rel=0.03)
+
+
+def test_the_guidance_loss_is_half_the_mean_square():
+    x0, guided = torch.tensor([[1.0, 2.0]], requires_grad=True), torch.tensor([[0.0, 5.0]])
+    loss = guidance_loss(x0, guided)
+    loss.backward()
+    assert loss.item() == pytest.approx((1 + 9) / 4) and x0.grad.tolist() == [[0.5, -1.5]]
 
 
 def test_scale_gradient_changes_nothing_but_the_gradient():

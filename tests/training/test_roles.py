@@ -142,12 +142,16 @@ def test_copies_and_a_shared_base_give_the_same_numbers(
     assert not torch.allclose(b["student"], b["teacher"], atol=1e-4) and not torch.allclose(b["fake"], b["real"], atol=1e-4)
 
 
+def as_made(clips, text):
+    """Any clips as if the student had made them in its last step."""
+    return Made(range(len(clips)), text, clips, clips, torch.full((len(clips),), 249), torch.zeros(len(clips)).long(), clips)
+
+
 def student_gradient(run, clips):
     """The gradient of the whole student loss, as `update` computes it."""
     real, text = clips.batch([0, 1])
-    made, least = run.make_clips(real, text, range(2))
-    parts = Made(range(2), text, real, made.detach(), least)
-    (run.sdm(parts, made) + run.adm(parts, made)).backward()
+    made, clips = run.make_clips(real, text, range(2))
+    (run.sdm(made, clips) + run.adm(made, clips)).backward()
     return {name: p.grad.clone() for name, p in run.roles.student_weights.items()}
 
 
@@ -164,8 +168,7 @@ def test_gradient_checkpointing_changes_no_gradient(stack, make_config, make_dis
             layers[0].register_forward_hook(lambda *_, kind=kind, count=count: count.append(kind))
         gradients.append(student_gradient(run, random_clips))
         calls.append(count)
-        clips, text = random_clips.clips[:2], random_clips.texts[:2]
-        fake = run.fake_loss(Made(range(2), text, clips, clips, torch.zeros(2, dtype=torch.long)), 0)
+        fake = run.fake_loss(as_made(random_clips.clips[:2], random_clips.texts[:2]), 0)
         fake.backward()
         gradients[-1] |= {f"fake {name}": p.grad.clone() for name, p in run.roles.fake_weights.items()}
     plain, checkpointed = gradients
@@ -194,7 +197,7 @@ def test_the_gradient_flows_through_the_frozen_encoder_and_moves_nothing_frozen(
 def test_the_gradient_through_the_encoder_is_that_of_finite_differences(stack, make_config, make_distillation, random_clips):
     run = make_distillation(stack, make_config())
     x, text = random_clips.batch([0, 1])
-    clips, made = x.clone().requires_grad_(True), Made(range(2), text, x, x, torch.zeros(2, dtype=torch.long))
+    clips, made = x.clone().requires_grad_(True), as_made(x, text)
     (gradient,) = torch.autograd.grad(run.adm(made, clips), clips)
     direction = gradient / gradient.norm()
     with torch.no_grad():

@@ -11,6 +11,7 @@ from avdm2_nodes.diffusion.samplers import (
     draw_noise,
     sample_student,
     sample_teacher,
+    teacher_x0,
 )
 from avdm2_nodes.diffusion.schedules import lcm_timesteps, trailing_timesteps
 from avdm2_nodes.diffusion.unets import video_predictor, video_unet
@@ -259,6 +260,16 @@ def test_the_teachers_steps_are_ddim_with_guidance(unet, text, steps, guidance):
     torch.testing.assert_close(clip.double(), expected, rtol=1e-3, atol=1e-3)
     assert [done for done, _ in seen] == list(range(1, steps + 1))
     torch.testing.assert_close(seen[-1][1], clip, rtol=1e-4, atol=1e-4)  # the last step ends at its x0
+
+
+def test_what_the_teacher_makes_of_a_state_is_where_its_ddim_steps_lead(unet, text):
+    x_t, empty = draw_noise(SHAPE, seeded(1, 2, 3)), text.flip(0)[:1] * 0.3
+    t, until = torch.tensor([999, 749, 249]), torch.tensor([749, 499, 0])
+    found = teacher_x0(video_predictor(unet), x_t, t, until, text, empty, 3.0, 2)
+    with torch.no_grad():
+        for i, timesteps in enumerate([(999, 874), (749, 624), (249, 124)]):  # the half between is rounded to the even one
+            expected = ddim(video_predictor(unet), x_t[i : i + 1], timesteps, 3.0, text[i : i + 1], empty)
+            torch.testing.assert_close(found[i : i + 1].double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_teacher_goes_on_from_a_later_step(text):
