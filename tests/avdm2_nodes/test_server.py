@@ -305,7 +305,7 @@ def test_a_student_made_while_the_server_runs_samples_there(server, tmp_path):
     settings = {
         "run.folder": tmp_path / "run", "run.updates": 3, "run.batch": 2, "run.device": "cpu", "run.threads": 1,
         "data.folder": tmp_path / "clips", "data.render": 8, "student.lr": 1e-3, "student.warmup": 0, "student.ema": 0,
-        "critic_warmup": 1, "evaluation.clips": 6, "evaluation.teacher_steps": 2,
+        "warmup.updates": 1, "evaluation.clips": 6, "evaluation.teacher_steps": 2,
     }  # fmt: skip
     arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     command = [sys.executable, str(ROOT / "training" / "distill.py"), *arguments]
