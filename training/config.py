@@ -43,7 +43,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     folder: ProjectPath = Field(Path("runs/miniature"), description="where everything that the run makes is written")
     seed: int = Field(0, ge=0, description="seed of all randomness")
-    updates: int = Field(150, ge=1, description="updates of the student")
+    updates: int = Field(150, ge=0, description="updates of the student by distribution matching, after the warm-up")
     batch: int = Field(8, ge=1, description="clips per update, over all processes and accumulation steps together")
     accumulate: int = Field(1, ge=1, description="steps that a batch is cut into, to save memory")
     sample_every: int = Field(50, ge=1, description="updates between sample clips")
@@ -168,6 +168,10 @@ class DistillConfig(BaseSettings):
             problems.append("student.steps: expected at least one timestep, found none; name them.")
         if any(a <= b for a, b in pairwise(steps)):
             problems.append(f"student.steps: expected strictly descending timesteps, found {list(steps)}; reorder them.")
+        if run.updates + self.warmup.updates == 0:
+            problems.append(
+                "run.updates, warmup.updates: expected at least one above 0, found both 0; nothing would be learnt."
+            )
         if self.sdm.weight == 0 and self.adm.weight == 0:
             problems.append(
                 "sdm.weight, adm.weight: expected at least one above 0, found both 0; the student would learn nothing."

@@ -36,7 +36,7 @@ from training.discriminator import DiscriminatorHeads
 from training.evaluation.feature_net import VideoFeatures, content_hash, load_features
 from training.evaluation.pictures import animated, contact_sheet
 from training.evaluation.report import write_report
-from training.evaluation.rows import Bench, Gallery, student_method, teacher_method
+from training.evaluation.rows import Bench, Gallery, steps_in_words, student_method, teacher_method
 from training.latents import LatentClips
 from training.loop import Distillation, DivergedError, train
 from training.miniature import world
@@ -193,10 +193,11 @@ def write_run_report(config: DistillConfig, student_file: Path, stack: Stack, te
     few = len(config.student.steps)
     student = student_unet(read_student(student_file), stack.image_unet).to(gallery.device)
     methods = [
-        teacher_method(f"teacher {steps} steps", teacher, stack, steps, guidance),
-        teacher_method(f"teacher {few} steps, no guidance", teacher, stack, few, 1.0),
-        *([teacher_method(f"teacher {few // 2} steps", teacher, stack, few // 2, guidance)] if few > 1 else []),
-        student_method(f"student {few} steps", video_predictor(student), config.student.steps),
+        teacher_method(f"teacher {steps_in_words(steps)}", teacher, stack, steps, guidance),
+        teacher_method(f"teacher {steps_in_words(few)}, no guidance", teacher, stack, few, 1.0),
+        student_method(f"teacher {steps_in_words(few)}, as a student", teacher, config.student.steps),
+        *([teacher_method(f"teacher {steps_in_words(few // 2)}", teacher, stack, few // 2, guidance)] if few > 1 else []),
+        student_method(f"student {steps_in_words(few)}", video_predictor(student), config.student.steps),
     ]
     sampled = {method: gallery.sample(method) for method in methods}
     shown = {method.name: list(clips[:SHOWN]) for method, (clips, _) in sampled.items()}

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 import numpy as np
 import torch
 
+from avdm2_nodes.diffusion.schedules import trailing_timesteps
 from avdm2_nodes.diffusion.stack import Stack, load_stack
 from avdm2_nodes.diffusion.student_file import read_student, student_timesteps, student_unet
 from avdm2_nodes.diffusion.unets import video_predictor
@@ -30,15 +31,16 @@ from training.evaluation.feature_net import content_hash
 from training.evaluation.measure import BETTER, Figure
 from training.evaluation.pictures import animated, contact_sheet, plot_table
 from training.evaluation.report import markdown_table, write_report
-from training.evaluation.rows import Bench, Method, kept, student_method, teacher_method
+from training.evaluation.rows import Bench, Method, kept, steps_in_words, student_method, teacher_method
 from training.precision import pick_device
 from training.run_folder import RunFolder
 
 logger = logging.getLogger("evaluate")
 
-# What the short recipe trains with one of its losses left out, everything else the same.
+# What the short recipe trains with one of its losses or both left out, everything else the same.
 ABLATIONS = {
     "AVDM2": [],
+    "warm-up only": ["--run.updates", "0"],
     "ADM only": ["--sdm.weight", "0"],
     "SDM only": ["--adm.weight", "0"],
 }
@@ -98,6 +100,7 @@ def teacher_methods(stack: Stack, guidance: float) -> list[Method]:
         teacher_method("teacher 4 steps, guided", predict, stack, 4, guidance),
         teacher_method("teacher 2 steps, guided", predict, stack, 2, guidance),
         teacher_method("teacher 4 steps, no guidance", predict, stack, 4, 1.0),
+        student_method("teacher 4 steps, as a student", predict, trailing_timesteps(4)),  # where distillation begins
     ]
 
 
@@ -105,11 +108,7 @@ def student_methods(stack: Stack, file: Path, steps: Sequence[int] = (1, 2, 4, 8
     student = read_student(file)
     unet = student_unet(student, stack.image_unet).to(next(stack.image_unet.parameters()).device)
     predict = video_predictor(unet)
-    plural = {1: "step"}
-    return [
-        student_method(f"{name} {n} {plural.get(n, 'steps')}", predict, student_timesteps(student.info.timesteps, n))
-        for n in steps
-    ]
+    return [student_method(f"{name} {steps_in_words(n)}", predict, student_timesteps(student.info.timesteps, n)) for n in steps]
 
 
 def ablation(stack: Stack, name: str, options: list[str], seed: int, out: Path) -> Method:

@@ -29,7 +29,7 @@ from training.losses import (
     sdm_loss,
 )
 from training.precision import autocast
-from training.randomness import chain_steps, draw_frames, draw_timesteps, keyed_generator, sample_generators
+from training.randomness import chain_steps, draw_frames, draw_timesteps, sample_generators
 from training.roles import Roles
 from training.run_folder import RunFolder, RunFolderError
 

@@ -55,6 +55,7 @@ def test_the_table_has_every_row_and_its_pictures_and_goes_into_a_readme(run, tm
         "teacher 4 steps, guided",
         "teacher 2 steps, guided",
         "teacher 4 steps, no guidance",
+        "teacher 4 steps, as a student",
         *(f"student {n}" for n in ("1 step", "2 steps", "4 steps", "8 steps")),
     ]
     assert [rows[f"student {n}"]["evaluations"] for n in ("1 step", "2 steps", "4 steps", "8 steps")] == [1, 2, 4, 8]

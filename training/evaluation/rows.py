@@ -39,6 +39,11 @@ class Method:
     evaluations: int
 
 
+def steps_in_words(count: int) -> str:
+    """ "1 step", "4 steps" """
+    return f"{count} step{'' if count == 1 else 's'}"
+
+
 def student_method(name: str, student: Predictor, timesteps: Sequence[int]) -> Method:
     return Method(
         name, lambda noise, text, generators: sample_student(student, noise, text, timesteps, generators), len(timesteps)
