@@ -37,10 +37,11 @@ from training.run_folder import RunFolder
 
 logger = logging.getLogger("evaluate")
 
-# What the short recipe trains with one of its losses or both left out, everything else the same.
+# The short recipe with one of its parts left out or replaced, everything else the same.
 ABLATIONS = {
     "AVDM2": [],
     "warm-up only": ["--run.updates", "0"],
+    "judged at all noise": ["--student.phased", "false"],
     "ADM only": ["--sdm.weight", "0"],
     "SDM only": ["--adm.weight", "0"],
 }
