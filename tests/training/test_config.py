@@ -115,7 +115,8 @@ def test_an_unknown_section(load):
     [
         (["--run.seed", "x"], ["run.seed", "'x'"]),
         (["--run.seed", "1.5"], ["run.seed", "1.5"]),
-        (["--run.updates", "0"], ["run.updates", "'0'"]),
+        (["--run.updates=-1"], ["run.updates", "'-1'"]),
+        (["--run.updates", "0", "--warmup.updates", "0"], ["run.updates", "warmup.updates"]),
         (["--run.seed"], ["--run.seed", "nothing"]),
         (["--run.seed", "--run.batch", "2"], ["--run.seed", "--run.batch"]),
         (["--run.folder="], ["--run.folder", "nothing"]),
