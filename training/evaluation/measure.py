@@ -12,10 +12,11 @@ from tqdm import tqdm
 from training.evaluation.feature_net import VideoFeatures
 from training.evaluation.metrics import (
     bootstrap_interval,
-    coverage_and_density,
+    coverage_and_density_of,
     diversity,
     dynamic_degree,
     frechet_distance,
+    inside_balls,
     kernel_distance,
     proportion_interval,
 )
@@ -77,8 +78,9 @@ def figures(
     kid, error = kernel_distance(real["features"], row["features"], rng)
     result["KID"] = (kid, kid - 1.96 * error, kid + 1.96 * error)
     result["Fréchet distance"] = spread(frechet_distance, real["features"], row["features"], rng)
-    result["coverage"] = spread(lambda a, b: coverage_and_density(a, b)[0], real["features"], row["features"], rng)
-    result["density"] = spread(lambda a, b: coverage_and_density(a, b)[1], real["features"], row["features"], rng)
+    inside = inside_balls(real["features"], row["features"]).T  # a row for each generated clip
+    for i, name in enumerate(("coverage", "density")):
+        result[name] = spread(lambda _, rows, i=i: coverage_and_density_of(rows.T)[i], real["features"], inside, rng)
     if len(set(prompts)) < len(prompts):
         result["diversity"] = _clustered_diversity(row["features"], prompts, rng)
     return result

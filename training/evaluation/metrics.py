@@ -53,6 +53,11 @@ def coverage_and_density(real: np.ndarray, generated: np.ndarray, *, neighbours:
     Around every real row lies a ball that reaches its k-th nearest real neighbour: coverage is the fraction of balls with a
     generated row in them, density the mean number of balls a generated row lies in, over k. ValueError also if N <= k.
     """
+    return coverage_and_density_of(inside_balls(real, generated, neighbours), neighbours)
+
+
+def inside_balls(real: np.ndarray, generated: np.ndarray, neighbours: int = 5) -> np.ndarray:
+    """(N, M) bool: whether a generated row lies in the ball of a real one, of `coverage_and_density`."""
     real, generated = _pair(real, generated)
     if len(real) <= neighbours:
         raise ValueError(
@@ -61,7 +66,11 @@ def coverage_and_density(real: np.ndarray, generated: np.ndarray, *, neighbours:
     within = _distances(real, real)
     np.fill_diagonal(within, 0.0)
     reach = np.partition(within, neighbours, axis=1)[:, neighbours]  # index 0 is the row itself
-    inside = _distances(real, generated) <= reach[:, None]
+    return _distances(real, generated) <= reach[:, None]
+
+
+def coverage_and_density_of(inside: np.ndarray, neighbours: int = 5) -> tuple[float, float]:
+    """Coverage and density from `inside_balls`, any of whose columns may be drawn again."""
     return float(inside.any(1).mean()), float(inside.sum(0).mean() / neighbours)
 
 
