@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import comfy.latent_formats
@@ -82,14 +83,14 @@ def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None
         stack = load_stack(folder, with_motion=False)
         clip, vae = StackCLIP(stack.tokenizer, stack.text_encoder), native.native_vae(stack.vae)
         latent_format, frames = native.stack_latent_format(stack), stack.frames
-        image_unet = lambda: load_image_unet(folder)  # noqa: E731
+        image_unet = partial(load_image_unet, folder)
     else:
         path = files.model_file(files.CHECKPOINTS, checkpoint)
         _, clip, vae = load_checkpoint(path, model=False)
         latent_format, frames = comfy.latent_formats.SD15(), ANIMATEDIFF_FRAMES
-        image_unet = lambda: native.image_unet_of(load_checkpoint(path, others=False)[0], str(path))  # noqa: E731
+        image_unet = partial(checkpoint_unet, path)
     if model is not None:
-        image_unet = lambda: native.image_unet_of(model)  # noqa: E731
+        image_unet = partial(native.image_unet_of, model)
     base = image_unet()
     with torch.device("meta"):
         architecture = UNet2DConditionModel.from_config(base.config)
@@ -115,6 +116,11 @@ def load_checkpoint(path: Path, model: bool = True, others: bool = True):
     return comfy.sd.load_checkpoint_guess_config(
         str(path), output_vae=others, output_clip=others, embedding_directory=embeddings, output_model=model
     )[:3]
+
+
+def checkpoint_unet(path: Path) -> UNet2DConditionModel:
+    """The image UNet of an SD1.5 checkpoint, float32 on the CPU. Errors as `load_checkpoint` and `native.image_unet_of`."""
+    return native.image_unet_of(load_checkpoint(path, others=False)[0], str(path))
 
 
 def load_motion_choice(name: str, folder: Path | None):
@@ -178,7 +184,7 @@ def with_style(student: Student, checkpoint: str, model: ModelPatcher | None, st
         name, unet = checkpoint, load_image_unet(folder)
     else:
         path = files.model_file(files.CHECKPOINTS, checkpoint)
-        name, unet = checkpoint, native.image_unet_of(load_checkpoint(path, others=False)[0], str(path))
+        name, unet = checkpoint, checkpoint_unet(path)
     require_same_family(unet, student.teacher)
     source = student.styles[0].source if student.styles else _image_patcher(student.teacher.image_unet(), student.teacher)
     style = Style(name, _image_patcher(unet, student.teacher), source, strength)

@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from .schedules import TRAIN_TIMESTEPS, VIDEO, classifier_free_guidance
-from .unets import Predictor
+from .schedules import TRAIN_TIMESTEPS, VIDEO
+from .unets import Predictor, guided
 
 Chain = Literal["renoise", "euler", "lcm"]  # how a few-step chain goes on from an x0
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -112,10 +112,9 @@ def teacher_x0(
     The last step predicts and does not move. With one substep it is the guided prediction itself (Meng et al., arXiv 2210.03142);
     more follow the teacher's trajectory to a sharper one (progressive distillation, Salimans & Ho, arXiv 2202.00512).
     """
-    text, timesteps = torch.cat([empty_text.expand_as(text), text]), t
+    predict, timesteps = guided(teacher, empty_text, guidance), t
     for i in range(1, substeps + 1):
-        eps = teacher(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), text)
-        eps = classifier_free_guidance(*eps.chunk(2), guidance)
+        eps = predict(x_t, timesteps, text)
         x0 = VIDEO.x0_from_eps(x_t, eps, timesteps)
         if i < substeps:
             timesteps = (t + (until - t) * i / substeps).round().long()
@@ -172,15 +171,9 @@ def sample_teacher(
     `begin` has diffused to the first of them.
     """
     scheduler = ddim_scheduler(steps, spacing)
-    guided = guidance != 1.0
-    if guided:
-        text = torch.cat([empty_text.expand_as(text), text])
-    x_t = noise
+    predict, x_t = guided(teacher, empty_text, guidance), noise
     for i, t in enumerate(timesteps or scheduler.timesteps.tolist()):
-        batch = torch.cat([x_t, x_t]) if guided else x_t
-        eps = teacher(batch, torch.full((len(batch),), t, device=x_t.device), text)
-        if guided:
-            eps = classifier_free_guidance(*eps.chunk(2), guidance)
+        eps = predict(x_t, torch.full((len(x_t),), t, device=x_t.device), text)
         step = scheduler.step(eps, t, x_t)
         x_t = step.prev_sample
         if callback is not None:

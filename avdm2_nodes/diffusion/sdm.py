@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .schedules import IMAGE, classifier_free_guidance
-from .unets import Predictor
+from .schedules import IMAGE
+from .unets import Predictor, guided
 
 
 def sdm_difference(fake_x0: Tensor, real_x0: Tensor) -> Tensor:
@@ -38,9 +38,5 @@ def score_pair(
     """(fake x0, real x0) of frames (B, C, h, w) diffused to t (B,) on the image schedule; the real score is guided, the fake is not."""
     x_t = IMAGE.diffuse(frames, noise, t)
     fake_eps = fake(x_t, t, text)
-    if guidance == 1.0:
-        real_eps = real(x_t, t, text)
-    else:
-        both = real(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([empty_text.expand_as(text), text]))
-        real_eps = classifier_free_guidance(*both.chunk(2), guidance)
+    real_eps = guided(real, empty_text, guidance)(x_t, t, text)
     return IMAGE.x0_from_eps(x_t, fake_eps, t), IMAGE.x0_from_eps(x_t, real_eps, t)

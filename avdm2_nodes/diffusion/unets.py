@@ -10,6 +10,8 @@ import torch
 from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from torch import Tensor, nn
 
+from .schedules import classifier_free_guidance
+
 Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -51,6 +53,18 @@ def video_predictor(unet: UNetMotionModel) -> Predictor:
 def image_predictor(unet: UNet2DConditionModel) -> Predictor:
     """eps(x_t (B, C, h, w), t, text (B, L, D)) by an image UNet."""
     return lambda x_t, t, text: unet(x_t.to(unet.dtype), t, text.to(unet.dtype), return_dict=False)[0].float()
+
+
+def guided(predict: Predictor, empty_text: Tensor, guidance: float) -> Predictor:
+    """`predict` with classifier-free guidance against `empty_text` (1, L, D), both halves in one batch; at 1 the bare predictor."""
+    if guidance == 1.0:
+        return predict
+
+    def eps(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        both = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([empty_text.expand_as(text), text]))
+        return classifier_free_guidance(*both.chunk(2), guidance)
+
+    return eps
 
 
 def encoder_features(unet: UNetMotionModel, x_t: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
