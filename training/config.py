@@ -102,6 +102,7 @@ class WarmupConfig(Section):
     )
     substeps: int = Field(2, ge=1, description="steps of that teacher for one of the student's")
     lr: float = Field(1e-4, gt=0, description="learning rate of the student meanwhile")
+    critics_from: int = Field(0, ge=0, description="updates of it before this one go without the critics")
 
 
 class SdmConfig(Section):

@@ -29,6 +29,12 @@ class EMA:
             parameter.copy_(self.shadow[name])
             self.shadow[name].copy_(kept)
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """The live weights become the averaged ones."""
+        for name, parameter in self.live.items():
+            parameter.copy_(self.shadow[name])
+
     def state_dict(self) -> dict[str, Tensor | dict]:
         return {"updates": self.updates, "shadow": self.shadow}
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +49,14 @@ class Learner:
         self.name, self.weights, self.optimiser, self.clip = name, weights, optimiser, clip
         self.steps = self.skipped = self.skipped_in_a_row = 0
 
-    def step(self, loss: float, lr: float) -> float:
-        """One update from the gradients that were accumulated; returns their norm. DivergedError after `MAX_BAD_STEPS` bad ones."""
+    def step(self, loss: float, lr: float | None = None) -> float:
+        """One update from the gradients that were accumulated, at `lr` if given; returns their norm.
+
+        DivergedError after `MAX_BAD_STEPS` bad ones.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.clip).item()
         if math.isfinite(norm) and math.isfinite(loss):
-            self.optimiser.param_groups[0]["lr"] = lr
+            self.optimiser.param_groups[0]["lr"] = lr or self.optimiser.param_groups[0]["lr"]
             self.optimiser.step()
             self.steps += 1
             self.skipped_in_a_row = 0
@@ -84,13 +87,18 @@ class Learner:
 class Made:
     """Clips that the student made for one part of a batch: they serve its own update and, detached, the critics'."""
 
-    samples: range  # global sample numbers, which key all randomness
+    samples: Sequence[int]  # global sample numbers, which key all randomness
     text: Tensor  # (B, L, D)
     real: Tensor  # (B, C, F, h, w), clips of the data with the same captions
     x_t: Tensor  # (B, C, F, h, w), states of the student's chain at t
     t: Tensor  # (B,)
     next_t: Tensor  # (B,) timesteps that the chain goes on at, 0 at its end
     fake: Tensor  # (B, C, F, h, w), the x0 that it made of x_t, detached
+
+    def __getitem__(self, chosen: list[int]) -> "Made":
+        """The clips of these places in the batch only."""
+        tensors = (self.text, self.real, self.x_t, self.t, self.next_t, self.fake)
+        return Made([self.samples[i] for i in chosen], *(tensor[chosen] for tensor in tensors))
 
 
 class Distillation:
@@ -129,7 +137,7 @@ class Distillation:
         generators = sample_generators(samples, config.run.seed, "student")
         noise = draw_noise(real.shape, generators, self.device)
         with self.autocast(cache=False):
-            x_t, x0 = backward_simulation(self.roles.student, noise, text, timesteps.tolist(), steps, generators)
+            x_t, x0 = backward_simulation(self.roles.student, noise, text, config.student.steps, steps, generators)
         # x0 = (x_t - sigma eps) / alpha magnifies an error of eps up to 25 times, and its gradient with it.
         t = timesteps[steps].to(x0.device)
         alpha, sigma = VIDEO.alpha_sigma(t, x0)
@@ -159,8 +167,12 @@ class Distillation:
     def diffuse(self, made: Made, clips: Tensor, generators) -> tuple[Tensor, Tensor]:
         """(x_t, t): clips diffused to random timesteps of ADM's range."""
         config = self.config.adm
-        t = draw_timesteps(generators, self.judged_from(made).clamp(config.t_min, config.t_max), config.t_max).to(self.device)
+        t = draw_timesteps(generators, self.judged_from(made).clamp(min=config.t_min), config.t_max).to(self.device)
         return VIDEO.diffuse(clips, draw_noise(clips.shape, generators, self.device), t), t
+
+    def judged(self, made: Made) -> list[int]:
+        """The places of the clips that ADM judges: those whose lowest timestep to be judged at lies within its range."""
+        return (self.judged_from(made) < self.config.adm.t_max).nonzero().flatten().tolist()
 
     def logits(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         with self.autocast():
@@ -187,9 +199,13 @@ class Distillation:
         return sdm_loss(frames, sdm_gradient(frames.detach(), fake_x0, real_x0))
 
     def adm(self, made: Made, clips: Tensor) -> Tensor:
-        """The student's ADM loss on its clips; the gradient flows through the frozen encoder."""
+        """The student's ADM loss, a clip that is not judged counting as 0; the gradient flows through the frozen encoder."""
+        judged = self.judged(made)
+        if not judged:
+            return 0 * clips.sum()
+        share, made, clips = len(judged) / len(clips), made[judged], clips[judged]
         generators = sample_generators(made.samples, self.config.run.seed, "adm")
-        return adm_student_loss(self.logits(*self.diffuse(made, clips, generators), made.text))
+        return share * adm_student_loss(self.logits(*self.diffuse(made, clips, generators), made.text))
 
     def fake_loss(self, made: Made, turn: int) -> Tensor:
         """The fake score's denoising loss on frames of the student's clips."""
@@ -199,8 +215,11 @@ class Distillation:
             return denoising_loss(self.roles.fake_score(IMAGE.diffuse(frames, noise, t), t, text), noise)
 
     def critic_loss(self, made: Made, turn: int) -> Tensor:
-        """The discriminator's loss; real and student clips have the same captions, and noise and t of their own."""
-        config, seed = self.config.adm, self.config.run.seed
+        """The discriminator's loss, as in `adm`; real and student clips have the same captions, and noise and t of their own."""
+        config, seed, judged = self.config.adm, self.config.run.seed, self.judged(made)
+        if not judged:
+            return 0 * sum(weight.sum() for weight in self.critic.weights.values())
+        share, made = len(judged) / len(made.t), made[judged]
         fake = sample_generators(made.samples, seed, "critic fake", turn)
         real = sample_generators(made.samples, seed, "critic real", turn)
         fake_logits = self.logits(*self.diffuse(made, made.fake, fake), made.text)
@@ -210,7 +229,7 @@ class Distillation:
         if config.r1_weight > 0:
             near = x_t + config.r1_sigma * draw_noise(x_t.shape, real, self.device)
             loss = loss + config.r1_weight * approximate_r1(real_logits, self.logits(near, t, made.text), config.r1_sigma)
-        return loss
+        return share * loss
 
     def student_losses(self, step: int, made: Made, clips: Tensor) -> dict[str, Tensor]:
         """The student's weighted losses at a step: of guidance in the warm-up, then of distribution matching."""
@@ -226,17 +245,20 @@ class Distillation:
 
     def student_lr(self, step: int) -> float:
         """Its learning rate at a step; each of the two phases begins with a ramp."""
-        config = self.config
-        if step < config.warmup.updates:
-            return config.warmup.lr * min(1.0, (step + 1) / max(1, config.student.warmup))
-        return config.student.lr * min(1.0, (step - config.warmup.updates + 1) / max(1, config.student.warmup))
+        student, warmup = self.config.student, self.config.warmup
+        first, lr = (0, warmup.lr) if step < warmup.updates else (warmup.updates, student.lr)
+        return lr * min(1.0, (step - first + 1) / max(1, student.warmup))
 
     def update(self, step: int, data: LatentClips) -> dict[str, float]:
         """One step: the student's update with the critics as they stand, then theirs on the clips that it made.
 
-        The clips are made once and serve both. Returns the losses and gradient norms.
+        The clips are made once and serve both. After the warm-up the averaged weights go on in place of the live ones: at its
+        learning rate those are noisy, and distribution matching, at a much lower one, would take long to calm them. Returns the
+        losses and gradient norms.
         """
         config = self.config
+        if step == config.warmup.updates:
+            self.ema.settle()
         batch, part = config.run.batch, config.run.batch // config.run.accumulate
         trains_student = step >= config.warmup.updates or config.warmup.guidance != 1
         figures: dict[str, float] = {}
@@ -256,23 +278,23 @@ class Distillation:
             figures["student_norm"] = self.student.step(sum(figures.values()), self.student_lr(step))
             self.critic.optimiser.zero_grad(set_to_none=True)  # the student's loss left gradients in the heads
             self.ema.update()
+        if step < min(config.warmup.critics_from, config.warmup.updates):
+            return figures
         if config.sdm.weight > 0:
             for turn in range(config.sdm.updates_per_student):
-                figures |= self._critic_update(self.fake, "fake", self.fake_loss, made_parts, turn, config.sdm.lr)
+                figures |= self._critic_update(self.fake, "fake", self.fake_loss, made_parts, turn)
         if config.adm.weight > 0:
             for turn in range(config.adm.updates_per_student):
-                figures |= self._critic_update(self.critic, "critic", self.critic_loss, made_parts, turn, config.adm.lr)
+                figures |= self._critic_update(self.critic, "critic", self.critic_loss, made_parts, turn)
         return figures
 
-    def _critic_update(
-        self, learner: Learner, name: str, loss_of: Callable, parts: list[Made], turn: int, lr: float
-    ) -> dict[str, float]:
+    def _critic_update(self, learner: Learner, name: str, loss_of: Callable, parts: list[Made], turn: int) -> dict[str, float]:
         figures: dict[str, float] = {}
         for made in parts:
             loss = loss_of(made, turn)
             (loss / len(parts)).backward()
             _add(figures, {name: loss}, len(parts))
-        return figures | {f"{name}_norm": learner.step(figures[name], lr)}
+        return figures | {f"{name}_norm": learner.step(figures[name])}
 
 
 def _add(figures: dict[str, float], terms: dict[str, Tensor], parts: int) -> None:

@@ -42,6 +42,17 @@ def test_swapping_exchanges_and_swapping_twice_changes_nothing(weights):
     assert all(torch.equal(weights[name], live[name]) and torch.equal(ema.shadow[name], shadow[name]) for name in live)
 
 
+def test_settling_makes_the_live_weights_the_averaged_ones(weights):
+    ema = EMA(weights, 0.9)
+    move(weights, 1)
+    ema.update()
+    shadow = {name: t.clone() for name, t in ema.shadow.items()}
+    ema.settle()
+    assert all(torch.equal(weights[name], shadow[name]) and torch.equal(ema.shadow[name], shadow[name]) for name in shadow)
+    move(weights, 2)
+    assert all(torch.equal(ema.shadow[name], shadow[name]) for name in shadow)  # two tensors still
+
+
 def test_its_state_goes_on_where_it_was(weights):
     ema = EMA(weights, 0.9)
     for n in range(3):

@@ -204,10 +204,13 @@ def test_an_infinite_gradient_behind_a_finite_loss_is_skipped_too(stack, make_di
 # ---- who moves when ----
 
 
-def test_accumulating_gradients_changes_nothing(stack, make_distillation, make_config, random_clips):
+@pytest.mark.parametrize("steps", [[499], [999, 749]])
+def test_accumulating_gradients_changes_nothing(stack, make_distillation, make_config, random_clips, steps):
+    """Not where ADM leaves one of the two clips, that of step 999, unjudged either."""
     runs = []
     for accumulate in (1, 2):
-        run = make_distillation(stack, make_config(run={"accumulate": accumulate}, student={"steps": [499]}))
+        config = make_config(run={"accumulate": accumulate}, student={"steps": steps}, adm={"t_max": 700})
+        run = make_distillation(stack, config)
         for learner in (run.student, run.fake, run.critic):  # Adam blows noise about zero up to whole steps
             learner.optimiser = torch.optim.SGD(learner.weights.values(), lr=0.1)
             learner.lr = 0.1
@@ -282,6 +285,25 @@ def test_adm_may_start_later_for_the_student_while_its_critic_learns(stack, make
     assert all("critic" in f for f in figures)
 
 
+def test_the_critics_may_begin_late_in_the_warm_up(stack, make_distillation, make_config, random_clips):
+    run = make_distillation(stack, make_config(warmup={"updates": 2, "critics_from": 1}, student={"steps": [499]}))
+    before = flat(run.state_dict())
+    assert set(run.update(0, random_clips)) == {"guidance", "student_norm"}
+    assert {name.split(".")[0] for name in differing(before, run.state_dict())} == {"student", "ema"}
+    assert {"guidance", "fake", "critic"} < run.update(1, random_clips).keys()
+
+
+def test_distribution_matching_begins_from_the_averaged_weights(stack, make_distillation, make_config, random_clips):
+    run = make_distillation(stack, make_config(warmup={"updates": 3, "lr": 1e-2}, student={"steps": [499]}))
+    for step in range(3):
+        run.update(step, random_clips)
+    averaged = {name: tensor.clone() for name, tensor in run.ema.shadow.items()}
+    assert moved(run.roles.student_weights, averaged)
+    run.student.step = lambda loss, lr: 0.0  # what the update begins from is still there after it
+    run.update(3, random_clips)
+    assert not moved(run.roles.student_weights, averaged)
+
+
 def test_the_critics_learn_as_often_as_asked_and_on_fresh_noise(stack, make_distillation, make_config, random_clips):
     updates = {"updates_per_student": 3}
     run = make_distillation(stack, make_config(sdm=updates, adm=updates | {"r1_weight": 0.1}, student={"steps": [499]}))
@@ -340,6 +362,27 @@ def test_a_step_is_judged_from_the_noise_of_the_next_on(stack, make_distillation
     frames_noisy_enough = IMAGE.alphas_cumprod[frames_t] <= VIDEO.alphas_cumprod[least.repeat_interleave(len(frames_t) // 40)]
     assert (noisy_enough.all() and frames_noisy_enough.all()) == phased
     assert t[least == 0].min() < 249  # the last step's are judged at all
+
+
+def test_adm_leaves_out_the_clips_that_it_could_judge_above_its_range_only(
+    stack, make_distillation, make_config, random_clips
+):
+    config = make_config(student={"steps": [999, 749, 499, 249]}, adm={"t_min": 100, "t_max": 400})
+    run, seen = make_distillation(stack, config), []
+    encoder = run.roles.encoder
+    run.roles.encoder = lambda x_t, t, text: seen.append(t) or encoder(x_t, t, text)
+    real, text = random_clips.batch([0, 1, 2, 3])
+    for first in range(0, 40, 4):
+        with torch.no_grad():
+            made, clips = run.make_clips(real, text, range(first, first + 4))
+            run.adm(made, clips)
+            kept = (made.next_t < 400).tolist()
+            one_by_one = [run.adm(made[[i]], clips[[i]]).item() for i in range(4)]
+            assert [value != 0 for value in one_by_one] == kept
+            assert run.adm(made, clips).item() == pytest.approx(sum(one_by_one) / 4, rel=1e-4)
+            run.critic_loss(made, 0)
+    t = torch.cat(seen)
+    assert t.min() >= 100 and t.max() <= 400 and t.min() < 249
 
 
 @pytest.mark.parametrize(("t", "factor"), [(999, 0.0402), (749, 0.155), (249, 1.0)])
