@@ -364,9 +364,7 @@ def test_a_step_is_judged_from_the_noise_of_the_next_on(stack, make_distillation
     assert t[least == 0].min() < 249  # the last step's are judged at all
 
 
-def test_adm_leaves_out_the_clips_that_it_could_judge_above_its_range_only(
-    stack, make_distillation, make_config, random_clips
-):
+def test_adm_leaves_out_the_clips_that_it_could_judge_above_its_range_only(stack, make_distillation, make_config, random_clips):
     config = make_config(student={"steps": [999, 749, 499, 249]}, adm={"t_min": 100, "t_max": 400})
     run, seen = make_distillation(stack, config), []
     encoder = run.roles.encoder
