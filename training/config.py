@@ -59,7 +59,10 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
-    folder: ProjectPath = Field(Path("datasets/miniature"), description="folder of captioned videos")
+    folder: ProjectPath = Field(
+        Path("datasets/miniature"),
+        description="folder of captioned videos or of tar shards (or a pattern such as train-*.tar), or what prepare.py made of them",
+    )
     frames: int = Field(8, ge=1, description="frames per clip")
     height: int = Field(64, ge=8, multiple_of=8, description="height of a clip, pixels")
     width: int = Field(64, ge=8, multiple_of=8, description="width of a clip, pixels")
@@ -87,7 +90,7 @@ class ModelConfig(Section):
 class StudentConfig(Section):
     steps: tuple[Timestep, ...] = Field((999, 749, 499, 249), description="timesteps that it is sampled at, descending")
     phased: bool = Field(True, description="a step's clips are judged at the noise of the next step and above only")
-    lr: float = Field(5e-5, gt=0, description="learning rate")
+    lr: float = Field(1e-5, gt=0, description="learning rate")
     warmup: int = Field(10, ge=0, description="updates until the full learning rate")
     ema: float = Field(0.97, ge=0, lt=1, description="decay of the averaged weights, per update")
     betas: Betas = Field((0.9, 0.999), description="of its AdamW")
@@ -107,26 +110,26 @@ class WarmupConfig(Section):
 
 class SdmConfig(Section):
     weight: float = Field(0.5, ge=0, description="of 2D score distribution matching in the student's loss; 0 leaves it out")
-    frames: int = Field(2, ge=1, description="random frames per clip that it looks at")
+    frames: int = Field(4, ge=1, description="random frames per clip that it looks at")
     shared_noise: bool = Field(
         False, description="frames of a clip get the same timestep and noise, so that they are moved alike"
     )
-    guidance: float = Field(2.0, ge=0, description="CFG scale of the real score")
-    t_min: Timestep = Field(20, description="lowest timestep")
-    t_max: Timestep = Field(980, description="highest timestep")
-    lr: float = Field(5e-4, gt=0, description="learning rate of the fake score")
+    guidance: float = Field(1.0, ge=0, description="CFG scale of the real score")
+    t_min: Timestep = Field(20, description="lowest timestep that it judges at")
+    t_max: Timestep = Field(980, description="highest; it leaves out the steps whose clips it could judge above it only")
+    lr: float = Field(5e-5, gt=0, description="learning rate of the fake score")
     betas: Betas = Field((0.9, 0.999), description="of its AdamW")
-    updates_per_student: int = Field(2, ge=1, description="updates of the fake score per student update")
+    updates_per_student: int = Field(1, ge=1, description="updates of the fake score per student update")
 
 
 class AdmConfig(Section):
-    weight: float = Field(1.0, ge=0, description="of adversarial distribution matching in the student's loss; 0 leaves it out")
-    t_min: Timestep = Field(20, description="lowest timestep")
-    t_max: Timestep = Field(980, description="highest timestep")
-    lr: float = Field(1e-4, gt=0, description="learning rate of the discriminator's heads")
+    weight: float = Field(0.1, ge=0, description="of adversarial distribution matching in the student's loss; 0 leaves it out")
+    t_min: Timestep = Field(20, description="lowest timestep that it judges at")
+    t_max: Timestep = Field(980, description="highest; it leaves out the steps whose clips it could judge above it only")
+    lr: float = Field(1e-3, gt=0, description="learning rate of the discriminator's heads")
     betas: Betas = Field((0.0, 0.99), description="of its Adam")
     updates_per_student: int = Field(2, ge=1, description="updates of the heads per student update")
-    r1_weight: float = Field(0.0, ge=0, description="of the approximate R1 penalty; 0 leaves it out")
+    r1_weight: float = Field(0.1, ge=0, description="of the approximate R1 penalty; 0 leaves it out")
     r1_sigma: float = Field(0.1, gt=0, description="standard deviation of its perturbation")
     start_update: int = Field(0, ge=0, description="student updates before this one go without ADM")
 

@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is 
 import argparse
 import logging
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
@@ -25,7 +26,8 @@ from avdm2_nodes.diffusion.stack import Stack, load_stack
 from avdm2_nodes.diffusion.student_file import read_student, student_timesteps, student_unet
 from avdm2_nodes.diffusion.unets import video_predictor
 from training import console
-from training.config import ROOT, load_config
+from training.checkpoint import Checkpoints, write_atomically
+from training.config import ROOT, DistillConfig, load_config, to_yaml
 from training.distill import EXPECTED_ERRORS, distil, feature_net
 from training.evaluation.feature_net import content_hash
 from training.evaluation.measure import BETTER, Figure
@@ -37,13 +39,14 @@ from training.run_folder import RunFolder
 
 logger = logging.getLogger("evaluate")
 
-# The short recipe with one of its parts left out or replaced, everything else the same.
+# The short recipe (the main job's settings) with one of its parts left out or replaced, everything else the same. The first is what
+# the others share, and go on from.
 ABLATIONS = {
-    "AVDM2": [],
     "warm-up only": ["--run.updates", "0"],
-    "judged at all noise": ["--student.phased", "false"],
-    "ADM only": ["--sdm.weight", "0"],
+    "warm-up alone for as long": ["--run.updates", "0", "--warmup.updates", "130"],
     "SDM only": ["--adm.weight", "0"],
+    "ADM only": ["--sdm.weight", "0"],
+    "AVDM2": [],
 }
 PLOTTED = ("accuracy", "Fréchet distance", "KID", "motion error", "coverage", "diversity")
 SHOWN = 4  # prompts in the pictures
@@ -113,14 +116,29 @@ def student_methods(stack: Stack, file: Path, steps: Sequence[int] = (1, 2, 4, 8
 
 
 def ablation(stack: Stack, name: str, options: list[str], seed: int, out: Path) -> Method:
-    """The short recipe (the main job's settings) with `options`, trained here unless that was done before."""
+    """The short recipe with `options`, trained here unless that was done before; its first updates are those of the warm-up only."""
     folder = out / "ablations" / f"{name.lower().replace(' ', '-')}-{seed}"
     config = load_config(["--run.folder", str(folder), "--run.seed", str(seed), "--model.teacher", str(stack.folder), *options])
+    first = next(iter(ABLATIONS))
+    if name != first and not folder.exists():
+        ablation(stack, first, ABLATIONS[first], seed, out)
+        branch(out / "ablations" / f"{first.lower().replace(' ', '-')}-{seed}", folder, config)
     file = folder / "student.safetensors"
     if not file.exists():
         with RunFolder(folder) as run:
             distil(config, run, report=False)
     return student_methods(stack, file, [len(config.student.steps)], f"{name}, seed {seed},")[0]
+
+
+def branch(source: Path, folder: Path, config: DistillConfig) -> None:
+    """Begins a run in `folder` from another's newest checkpoint, whose updates it would have made just so.
+
+    That holds where the two differ in what comes later only: all randomness is keyed by seed and sample.
+    """
+    newest = Checkpoints(source / "checkpoints", keep=1).paths()[-1]
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    write_atomically(folder / "checkpoints" / newest.name, lambda temporary: shutil.copy(newest, temporary))
 
 
 class Table:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise, teacher_x0
-from avdm2_nodes.diffusion.schedules import IMAGE, TRAIN_TIMESTEPS, VIDEO
+from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO, Schedule
 from avdm2_nodes.diffusion.sdm import score_pair, sdm_gradient
 from training.checkpoint import Checkpoints
 from training.config import DistillConfig
@@ -144,22 +144,28 @@ class Distillation:
         next_t = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.long)])[steps].to(x0.device)
         return Made(samples, text, real, x_t, t, next_t, x0.detach()), scale_gradient(x0, (alpha / sigma).clamp(max=1.0))
 
-    def judged_from(self, made: Made) -> Tensor:
-        """(B,) timesteps of the video schedule at and above which the clips are judged.
+    def judged_from(self, made: Made, schedule: Schedule) -> Tensor:
+        """(B,) timesteps of a schedule at and above which the clips are judged.
 
-        An x0 in the middle of the chain is diffused to the next step, so its law matters at that timestep and above only; judged
-        at lower ones, each step would have to be a one-step generator, and motion freezes (Phased DMD, arXiv 2510.27684).
+        An x0 in the middle of the chain is diffused to the next step, so its law matters at that much noise and more only; judged
+        at less, each step would have to be a one-step generator (Phased DMD, arXiv 2510.27684).
         """
-        return made.next_t.cpu() * self.config.student.phased
+        if not self.config.student.phased:
+            return torch.zeros_like(made.next_t, device="cpu")
+        return schedule.timestep_of(VIDEO.alphas_cumprod[made.next_t.cpu()])
 
-    def draw_frames(self, made: Made, clips: Tensor, generators, t_min: int, t_max: int) -> tuple[Tensor, ...]:
+    def judged(self, made: Made, schedule: Schedule, t_max: int) -> list[int]:
+        """The places of the clips that a loss judges: those whose lowest timestep to be judged at lies within its range."""
+        return (self.judged_from(made, schedule) < t_max).nonzero().flatten().tolist()
+
+    def draw_frames(self, made: Made, clips: Tensor, generators) -> tuple[Tensor, ...]:
         """K random frames of each clip (B * K, C, h, w), and noise, timesteps (B * K,) and text (B * K, L, D) for them."""
         config, count = self.config.sdm, self.config.sdm.frames
         draws = 1 if config.shared_noise else count
         chosen = draw_frames(generators, clips.shape[2], count).to(self.device)
         frames = clips.transpose(1, 2)[torch.arange(len(clips), device=self.device)[:, None], chosen]
-        low = IMAGE.timestep_of(VIDEO.alphas_cumprod[self.judged_from(made)]).clamp(t_min, t_max)
-        t = torch.stack([draw_timesteps(generators, low, t_max) for _ in range(draws)], 1).to(self.device)
+        low = self.judged_from(made, IMAGE).clamp(min=config.t_min)
+        t = torch.stack([draw_timesteps(generators, low, config.t_max) for _ in range(draws)], 1).to(self.device)
         noise = draw_noise((len(clips), draws, *frames.shape[2:]), generators, self.device)
         t, noise = t.expand(-1, count), noise.expand(-1, count, -1, -1, -1)
         return frames.flatten(0, 1), noise.flatten(0, 1), t.flatten(), made.text.repeat_interleave(count, 0)
@@ -167,12 +173,8 @@ class Distillation:
     def diffuse(self, made: Made, clips: Tensor, generators) -> tuple[Tensor, Tensor]:
         """(x_t, t): clips diffused to random timesteps of ADM's range."""
         config = self.config.adm
-        t = draw_timesteps(generators, self.judged_from(made).clamp(min=config.t_min), config.t_max).to(self.device)
+        t = draw_timesteps(generators, self.judged_from(made, VIDEO).clamp(min=config.t_min), config.t_max).to(self.device)
         return VIDEO.diffuse(clips, draw_noise(clips.shape, generators, self.device), t), t
-
-    def judged(self, made: Made) -> list[int]:
-        """The places of the clips that ADM judges: those whose lowest timestep to be judged at lies within its range."""
-        return (self.judged_from(made) < self.config.adm.t_max).nonzero().flatten().tolist()
 
     def logits(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         with self.autocast():
@@ -188,19 +190,23 @@ class Distillation:
         return guidance_loss(clips, guided_x0)
 
     def sdm(self, made: Made, clips: Tensor) -> Tensor:
-        """The student's SDM loss on its clips."""
+        """The student's SDM loss on its clips, one that is not judged counting as 0."""
         config, roles = self.config.sdm, self.roles
+        judged = self.judged(made, IMAGE, config.t_max)
+        if not judged:
+            return 0 * clips.sum()
+        share, made, clips = len(judged) / len(clips), made[judged], clips[judged]
         generators = sample_generators(made.samples, self.config.run.seed, "sdm")
-        frames, noise, t, text = self.draw_frames(made, clips, generators, config.t_min, config.t_max)
+        frames, noise, t, text = self.draw_frames(made, clips, generators)
         with self.autocast():
             fake_x0, real_x0 = score_pair(
                 frames.detach(), noise, t, text, self.empty_text, roles.real_score, roles.fake_score, config.guidance
             )
-        return sdm_loss(frames, sdm_gradient(frames.detach(), fake_x0, real_x0))
+        return share * sdm_loss(frames, sdm_gradient(frames.detach(), fake_x0, real_x0))
 
     def adm(self, made: Made, clips: Tensor) -> Tensor:
-        """The student's ADM loss, a clip that is not judged counting as 0; the gradient flows through the frozen encoder."""
-        judged = self.judged(made)
+        """The student's ADM loss, likewise; the gradient flows through the frozen encoder."""
+        judged = self.judged(made, VIDEO, self.config.adm.t_max)
         if not judged:
             return 0 * clips.sum()
         share, made, clips = len(judged) / len(clips), made[judged], clips[judged]
@@ -208,17 +214,21 @@ class Distillation:
         return share * adm_student_loss(self.logits(*self.diffuse(made, clips, generators), made.text))
 
     def fake_loss(self, made: Made, turn: int) -> Tensor:
-        """The fake score's denoising loss on frames of the student's clips."""
+        """The fake score's denoising loss on frames of the student's clips, at the noise that SDM asks it about."""
+        judged = self.judged(made, IMAGE, self.config.sdm.t_max)
+        if not judged:
+            return torch.zeros(())
+        share, made = len(judged) / len(made.t), made[judged]
         generators = sample_generators(made.samples, self.config.run.seed, "fake", turn)
-        frames, noise, t, text = self.draw_frames(made, made.fake, generators, 0, TRAIN_TIMESTEPS - 1)
+        frames, noise, t, text = self.draw_frames(made, made.fake, generators)
         with self.autocast():
-            return denoising_loss(self.roles.fake_score(IMAGE.diffuse(frames, noise, t), t, text), noise)
+            return share * denoising_loss(self.roles.fake_score(IMAGE.diffuse(frames, noise, t), t, text), noise)
 
     def critic_loss(self, made: Made, turn: int) -> Tensor:
-        """The discriminator's loss, as in `adm`; real and student clips have the same captions, and noise and t of their own."""
-        config, seed, judged = self.config.adm, self.config.run.seed, self.judged(made)
+        """The discriminator's loss; real and student clips have the same captions, and noise and t of their own."""
+        config, seed, judged = self.config.adm, self.config.run.seed, self.judged(made, VIDEO, self.config.adm.t_max)
         if not judged:
-            return 0 * sum(weight.sum() for weight in self.critic.weights.values())
+            return torch.zeros(())
         share, made = len(judged) / len(made.t), made[judged]
         fake = sample_generators(made.samples, seed, "critic fake", turn)
         real = sample_generators(made.samples, seed, "critic real", turn)
@@ -292,7 +302,8 @@ class Distillation:
         figures: dict[str, float] = {}
         for made in parts:
             loss = loss_of(made, turn)
-            (loss / len(parts)).backward()
+            if loss.requires_grad:  # else none of the part's clips is judged
+                (loss / len(parts)).backward()
             _add(figures, {name: loss}, len(parts))
         return figures | {f"{name}_norm": learner.step(figures[name])}
 

@@ -1,10 +1,14 @@
 import json
 
 import pytest
+from safetensors.torch import load_file
 
 from avdm2_nodes.diffusion.student_file import StudentInfo, unet_config, weights_hash, write_student
 from training import evaluate
+from training.config import load_config
+from training.distill import distil
 from training.evaluation.rows import Bench, Method
+from training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +87,19 @@ def test_a_row_of_several_seeds_is_their_mean_and_range(stack, tmp_path):
     assert table.rows["both"]["jitter"] == (pytest.approx(sum(alone) / 2), min(alone), max(alone))
     assert table.costs["both"] == {"evaluations": 4, "seconds": 0.25}
     assert "seed 0" not in table.rows
+
+
+def test_a_row_that_goes_on_from_the_shared_warm_up_is_what_its_own_run_would_be(stack, tmp_path, monkeypatch):
+    options = ["--warmup.updates", "2", "--run.updates", "1", "--run.batch", "4", "--data.render", "8"]
+    options += ["--data.folder", str(tmp_path / "data")]
+    monkeypatch.setattr(evaluate, "ABLATIONS", {"warm-up only": [*options, "--run.updates", "0"]})
+    evaluate.ablation(stack, "ADM only", [*options, "--sdm.weight", "0"], 3, tmp_path)
+    shared, warm = (tmp_path / "ablations" / name for name in ("adm-only-3", "warm-up-only-3"))
+    assert [json.loads(line)["update"] for line in (shared / "stats.jsonl").read_text().splitlines()] == [3]
+
+    settings = ["--run.folder", str(tmp_path / "own"), "--run.seed", "3", "--model.teacher", str(stack.folder)]
+    with RunFolder(tmp_path / "own") as held:
+        distil(load_config([*settings, *options, "--sdm.weight", "0"]), held, report=False)
+    mine, own, before = (load_file(folder / "student.safetensors") for folder in (shared, tmp_path / "own", warm))
+    assert all((mine[name] == own[name]).all() for name in own)
+    assert any((mine[name] != before[name]).any() for name in own)

@@ -344,7 +344,8 @@ def test_every_step_of_the_chain_is_trained_equally(stack, make_distillation, ma
 @pytest.mark.parametrize("phased", [True, False])
 def test_a_step_is_judged_from_the_noise_of_the_next_on(stack, make_distillation, make_config, random_clips, phased):
     """Those of the video schedule for ADM, and on the image schedule for SDM the timesteps with as much noise."""
-    run = make_distillation(stack, make_config(student={"steps": [999, 749, 499, 249], "phased": phased}))
+    config = make_config(student={"steps": [999, 749, 499, 249], "phased": phased}, sdm={"guidance": 2.0})
+    run = make_distillation(stack, config)
     video, image = [], []
     encoder, real_score = run.roles.encoder, run.roles.real_score
     run.roles.encoder = lambda x_t, t, text: video.append(t) or encoder(x_t, t, text)
