@@ -119,7 +119,7 @@ class SdmConfig(Section):
     t_max: Timestep = Field(980, description="highest; it leaves out the steps whose clips it could judge above it only")
     lr: float = Field(5e-5, gt=0, description="learning rate of the fake score")
     betas: Betas = Field((0.9, 0.999), description="of its AdamW")
-    updates_per_student: int = Field(1, ge=1, description="updates of the fake score per student update")
+    updates_per_student: int = Field(2, ge=1, description="updates of the fake score per student update")
 
 
 class AdmConfig(Section):

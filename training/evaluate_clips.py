@@ -17,6 +17,7 @@ if __name__ == "__main__":
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
 import argparse
+from functools import partial
 
 import numpy as np
 
@@ -74,8 +75,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Figure]:
                 f"Expected 2 clips or more in {args.generated} and {args.real}, found {count} in one of them; add some."
             )
         for name, network in networks.items():
-            sets = [features_of(network, folder.read, count, f"{name}: {folder.folder}") for folder in (real, made)]
-            figures[name] = spread(frechet_distance, *sets, rng)
+            theirs, ours = (features_of(network, folder.read, count, f"{name}: {folder.folder}") for folder in (real, made))
+            figures[name] = spread(partial(frechet_distance, theirs), ours, rng)
     if score is not None:
         scores = clip_scores(score, made.read, made.captions, "CLIPScore")
         figures["CLIPScore"] = (float(scores.mean()), *bootstrap_interval(np.mean, [scores], 500, rng))

@@ -103,9 +103,8 @@ def sample(args: argparse.Namespace) -> None:
         steps = args.steps or TEACHER_STEPS
         guidance = TEACHER_GUIDANCE if args.guidance is None else args.guidance
     else:
-        student = (
-            None if is_peer(args.student) else read_student(args.student)
-        )  # before the base: the smaller file fails faster
+        # Before the base: the smaller file fails faster.
+        student = None if is_peer(args.student) else read_student(args.student)
         stack = load_stack(args.model, with_motion=False, tokenizer=args.tokenizer)
         student = student or load_peer(args.student, stack.image_unet)
         unet, info = student_unet(student, stack.image_unet), student.info

@@ -5,6 +5,7 @@ prompts. The figures are those of the field but on a small video feature net of 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
@@ -77,19 +78,19 @@ def figures(
             result[name] = (float(fn(*arrays)), *bootstrap_interval(fn, arrays, 500, rng))
     kid, error = kernel_distance(real["features"], row["features"], rng)
     result["KID"] = (kid, kid - 1.96 * error, kid + 1.96 * error)
-    result["Fréchet distance"] = spread(frechet_distance, real["features"], row["features"], rng)
+    result["Fréchet distance"] = spread(partial(frechet_distance, real["features"]), row["features"], rng)
     inside = inside_balls(real["features"], row["features"]).T  # a row for each generated clip
     for i, name in enumerate(("coverage", "density")):
-        result[name] = spread(lambda _, rows, i=i: coverage_and_density_of(rows.T)[i], real["features"], inside, rng)
+        result[name] = spread(lambda rows, i=i: coverage_and_density_of(rows.T)[i], inside, rng)
     if len(set(prompts)) < len(prompts):
         result["diversity"] = _clustered_diversity(row["features"], prompts, rng)
     return result
 
 
-def spread(fn: Callable[..., float], real: np.ndarray, generated: np.ndarray, rng: np.random.Generator) -> Figure:
-    """The value with the spread that redrawing the generated clips gives it."""
-    value = fn(real, generated)
-    draws = [fn(real, generated[rng.integers(0, len(generated), len(generated))]) for _ in range(40)]
+def spread(fn: Callable[[np.ndarray], float], generated: np.ndarray, rng: np.random.Generator) -> Figure:
+    """The value of `fn` with the spread that redrawing the generated clips, one a row, gives it."""
+    value = fn(generated)
+    draws = [fn(generated[rng.integers(0, len(generated), len(generated))]) for _ in range(40)]
     return value, value - 1.96 * float(np.std(draws)), value + 1.96 * float(np.std(draws))
 
 

@@ -40,8 +40,8 @@ def markdown_table(rows: Mapping[str, Mapping[str, Figure]], costs: Mapping[str,
     """A Markdown table, a line a row; intervals stand behind the figures."""
     keys = list(dict.fromkeys(key for row in rows.values() for key in row))
     cost_keys = list(dict.fromkeys(key for cost in costs.values() for key in cost))
-    arrows = {"higher": " ↑", "lower": " ↓"}
-    head = ["", *(key + arrows.get((BETTER | PUBLIC_BETTER).get(key, ""), "") for key in keys), *cost_keys]
+    arrows, better = {"higher": " ↑", "lower": " ↓"}, BETTER | PUBLIC_BETTER
+    head = ["", *(key + arrows.get(better.get(key, ""), "") for key in keys), *cost_keys]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for name, row in rows.items():
         cells = [_cell(key, row.get(key)) for key in keys]
