@@ -1,10 +1,12 @@
-"""Folders of captioned video clips: found, checked, read, written, and put into an order that numbers alone decide."""
+"""Captioned video clips in folders and tar shards: found, checked, read, written, and put into an order that numbers alone decide."""
 
 import csv
+import glob
 import json
 import logging
 import os
 import re
+import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 from tqdm import tqdm
+from webdataset.tariterators import group_by_keys
 
 from training.video import VideoError, read_video, write_video
 
@@ -33,18 +36,37 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A video file and what it shows, in words."""
+    """A video and what it shows, in words."""
 
-    path: Path
+    name: str  # its path in the folder; in a tar shard, shard.tar/clip.mp4
+    path: Path  # its file, or the tar shard's
     caption: str
+    span: tuple[int, int] | None = None  # where in the tar shard: first byte, bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes; 0 for a file that is not there."""
+        return self.span[1] if self.span else self.path.stat().st_size if self.path.is_file() else 0
+
+    def read(self, frames: int, stride: int) -> np.ndarray:
+        """As `read_video`."""
+        if self.span is None:
+            return read_video(self.path, frames, stride)
+        try:
+            data = _read_span(self.path, self.span)
+        except OSError as error:
+            raise VideoError(f"Expected a readable tar shard at {self.path}, found: {error.strerror}; put it back.") from error
+        return read_video(self.path / PurePosixPath(self.name).name, frames, stride, data=data)
 
 
 def find_clips(folder) -> list[Entry]:
-    """The captioned videos of a folder and its subfolders, sorted by their path in it.
+    """The captioned videos of a folder and its subfolders, sorted by their path in it, or those of WebDataset's tar shards.
 
     A caption stands in `captions.csv` or `captions.jsonl` (columns or keys `file`, `caption`; paths relative to the folder),
-    else in a text file beside the video (`clip.txt` for `clip.mp4`). A video without one is named in the log and left out.
-    DataError for a missing or unfinished folder, a table that cannot be read, or one that names a file outside the folder.
+    else in a text file beside the video (`clip.txt` for `clip.mp4`). Tar shards are a folder's `*.tar`, one such file, or a
+    pattern such as `data/train-*.tar`: sorted by name, their clips in the shards' own order, with captions in `clip.txt` or
+    `clip.json`. A video without a caption is named in the log and left out. DataError for a missing or unfinished folder, a table
+    or a shard that cannot be read, or a table that names a file outside the folder.
     """
     entries, skipped = _survey(Path(folder))
     _warn(skipped)
@@ -52,21 +74,17 @@ def find_clips(folder) -> list[Entry]:
 
 
 class ClipFolder:
-    """The usable clips of a folder, checked once: every file opens and decodes as many frames as are asked for.
+    """The usable clips of a folder (or as `find_clips`), checked once: each opens and decodes as many frames as are asked for.
 
-    Files that do not are named in the log and listed in `skipped`; DataError when none is left, or as `find_clips`.
+    Those that do not are named in the log and listed in `skipped`; DataError when none is left, or as `find_clips`. Without
+    `check` nothing is decoded before it is read.
     """
 
-    def __init__(self, folder, frames: int, height: int, width: int, stride: int = 1):
+    def __init__(self, folder, frames: int, height: int, width: int, stride: int = 1, check: bool = True):
         self.folder, self.frames, self.height, self.width, self.stride = Path(folder), frames, height, width, stride
-        entries, self.skipped = _survey(self.folder)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            checks = pool.map(self._problem, entries)
-            quiet = len(entries) <= _PROGRESS_FROM
-            problems = list(tqdm(checks, "checking clips", len(entries), disable=quiet, leave=False))
-        self.entries = [entry for entry, problem in zip(entries, problems, strict=True) if not problem]
-        self.skipped += [(_name(self.folder, e.path), problem) for e, problem in zip(entries, problems, strict=True) if problem]
-        self.skipped.sort()
+        self.entries, self.skipped = _survey(self.folder)
+        if check:
+            self._check()
         _warn(self.skipped)
         if not self.entries:
             found = "no videos" if not self.skipped else f"{len(self.skipped)} that cannot be used, first: {self.skipped[0][1]}"
@@ -74,7 +92,7 @@ class ClipFolder:
                 f"Expected captioned videos ({', '.join(VIDEO_SUFFIXES)}) in {self.folder}, found {found.rstrip('.')}; "
                 "put clips there with a captions.csv, a captions.jsonl or a .txt beside each."
             )
-        if self.skipped:
+        if check and self.skipped:
             log.warning("%s: %d clips are used, %d skipped.", self.folder, len(self.entries), len(self.skipped))
 
     def __len__(self) -> int:
@@ -89,12 +107,21 @@ class ClipFolder:
 
         VideoError if the file went bad meanwhile.
         """
-        frames = read_video(self.entries[index].path, self.frames, self.stride)
+        frames = self.entries[index].read(self.frames, self.stride)
         return cover(torch.from_numpy(frames), self.height, self.width)
+
+    def _check(self) -> None:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            checks = pool.map(self._problem, self.entries)
+            quiet = len(self.entries) <= _PROGRESS_FROM
+            problems = list(tqdm(checks, "checking clips", len(self.entries), disable=quiet, leave=False))
+        checked = list(zip(self.entries, problems, strict=True))
+        self.entries = [entry for entry, problem in checked if not problem]
+        self.skipped = sorted(self.skipped + [(entry.name, problem) for entry, problem in checked if problem])
 
     def _problem(self, entry: Entry) -> str | None:
         try:
-            read_video(entry.path, self.frames, self.stride)
+            entry.read(self.frames, self.stride)
         except VideoError as error:
             return str(error)
         return None
@@ -120,6 +147,8 @@ def cover(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def needs_clips(folder) -> bool:
     """True when `write_clips` may fill this folder: it is not there, is empty, or an earlier writing was cut short."""
     folder = Path(folder)
+    if _is_pattern(folder):
+        return False
     return not folder.exists() or (folder / _UNFINISHED).exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
@@ -173,6 +202,20 @@ def indices(position: int, count: int, length: int, seed: int) -> list[int]:
     return [_permutation(length, seed, place // length)[place % length] for place in range(position, position + count)]
 
 
+def rank_places(position: int, count: int, rank: int, ranks: int) -> range:
+    """The places of a global batch (position … position + count - 1) that one of `ranks` processes takes: the rank-th equal part.
+
+    All parts together are the batch, none has a place of another's; `indices(places.start, len(places), …)` are their samples.
+    ValueError for a batch that cannot be cut so, or a rank that is none.
+    """
+    if ranks < 1 or count % ranks:
+        raise ValueError(f"Expected a batch that {ranks} processes share equally, found {count} clips; change one of them.")
+    if not 0 <= rank < ranks:
+        raise ValueError(f"Expected a rank from 0 to {ranks - 1}, found {rank}.")
+    part = count // ranks
+    return range(position + rank * part, position + (rank + 1) * part)
+
+
 @lru_cache(maxsize=4)
 def _permutation(length: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng([seed, epoch]).permutation(length).tolist())
@@ -183,6 +226,8 @@ def _permutation(length: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 def _survey(folder: Path) -> tuple[list[Entry], list[tuple[str, str]]]:
     """(entries with captions, (name, reason) of the videos without)."""
+    if tars := _find_tars(folder):
+        return _survey_tars(tars)
     if not folder.is_dir():
         raise DataError(f"Expected a folder of videos at {folder}, found {'a file' if folder.exists() else 'nothing'}.")
     if (folder / _UNFINISHED).exists():
@@ -197,10 +242,86 @@ def _survey(folder: Path) -> tuple[list[Entry], list[tuple[str, str]]]:
     for name, path in sorted((videos | {name: folder / name for name in table}).items()):
         caption = table.get(name) or _caption_beside(path)
         if caption:
-            entries.append(Entry(path, caption))
+            entries.append(Entry(name, path, caption))
         else:
             skipped.append((name, f"Expected a caption for {path}, found none; add it to a table or to a .txt beside it."))
     return entries, skipped
+
+
+def _is_pattern(path: Path) -> bool:
+    return glob.has_magic(str(path)) and not path.exists()
+
+
+def _find_tars(place: Path) -> list[Path]:
+    """The tar shards that a folder holds or a file's name or pattern stands for; [] for a folder of videos."""
+    if place.is_dir():
+        tars = sorted(place.glob("[!.]*.tar"))
+        if tars and (video := next((p for p in place.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES), None)):
+            raise DataError(f"Expected videos or tar shards in {place}, found {tars[0].name} and {video.name}; keep one kind.")
+        return tars
+    tars = sorted(map(Path, glob.glob(str(place)))) if _is_pattern(place) else [place] if place.suffix == ".tar" else []
+    if _is_pattern(place) and (not tars or any(path.suffix != ".tar" or not path.is_file() for path in tars)):
+        found = next((path.name for path in tars if path.suffix != ".tar" or not path.is_file()), "nothing")
+        raise DataError(f"Expected tar shards at {place}, found {found}; correct the pattern.")
+    return tars
+
+
+def _survey_tars(tars: list[Path]) -> tuple[list[Entry], list[tuple[str, str]]]:
+    """As `_survey`, of the samples that WebDataset sees in its shards: files in a row with the same name up to the first dot."""
+    entries, skipped = [], []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        samples = pool.map(_samples, tars)
+        for path, found in tqdm(
+            zip(tars, samples, strict=True), "reading shards", len(tars), disable=len(tars) < 9, leave=False
+        ):
+            for sample in found:
+                suffix = next((s for s in sample if f".{s}" in VIDEO_SUFFIXES), None)
+                if suffix is None:
+                    continue
+                name, caption = f"{path.name}/{sample['__key__']}.{suffix}", _caption_in(path, sample)
+                if caption:
+                    entries.append(Entry(name, path, caption, sample[suffix]))
+                else:
+                    skipped.append((name, f"Expected a caption for {name}, found none; add a .txt or a .json to its sample."))
+    return entries, skipped
+
+
+def _samples(path: Path) -> list[dict]:
+    """WebDataset's samples of a tar shard, the place (first byte, bytes) of each file in place of what it holds."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            files = [
+                {"fname": member.name, "data": (member.offset_data, member.size), "__url__": str(path)}
+                for member in tar
+                if member.isreg() and not PurePosixPath(member.name).name.startswith((".", "__"))
+            ]
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no end after {len(files)} files")
+        return list(group_by_keys(files))
+    except (tarfile.TarError, OSError, ValueError) as error:  # of webdataset ValueError, for a file that is there twice
+        cause = getattr(error, "strerror", None) or (error.args[0] if error.args else type(error).__name__)
+        raise DataError(
+            f"Expected a whole, uncompressed tar shard at {path}, found: {cause}; copy it again or take it out."
+        ) from error
+
+
+def _caption_in(path: Path, sample: dict) -> str:
+    """The caption in a sample's .txt or .json; "" if it has none that can be read."""
+    try:
+        if "txt" in sample:
+            return _words(_read_span(path, sample["txt"]).decode("utf-8-sig"))
+        found = json.loads(_read_span(path, sample["json"])) if "json" in sample else {}
+    except (OSError, ValueError):
+        return ""
+    caption = _pick(found, _CAPTION_KEYS) if isinstance(found, dict) else None
+    return _words(caption) if isinstance(caption, str) else ""
+
+
+def _read_span(path: Path, span: tuple[int, int]) -> bytes:
+    with path.open("rb") as file:
+        file.seek(span[0])
+        return file.read(span[1])
 
 
 def _caption_beside(path: Path) -> str:

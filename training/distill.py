@@ -31,13 +31,13 @@ from avdm2_nodes.diffusion.unets import Predictor, video_predictor
 from training import console
 from training.checkpoint import CheckpointError
 from training.config import ConfigError, DistillConfig, load_config, to_yaml
-from training.data import ClipFolder, DataError, needs_clips, write_clips
+from training.data import DataError, needs_clips, write_clips
 from training.discriminator import DiscriminatorHeads
 from training.evaluation.feature_net import VideoFeatures, content_hash, load_features
 from training.evaluation.pictures import animated, contact_sheet
 from training.evaluation.report import write_report
 from training.evaluation.rows import Bench, Gallery, steps_in_words, student_method, teacher_method
-from training.latents import LatentClips
+from training.latents import LatentClips, open_clips
 from training.loop import Distillation, DivergedError, train
 from training.miniature import world
 from training.precision import DeviceError, pick_device
@@ -70,15 +70,14 @@ def distil(config: DistillConfig, run: RunFolder, report: bool = True) -> Path:
     score_unet = load_image_unet(config.model.score_unet) if config.model.score_unet else None
     if config.data.render and needs_clips(config.data.folder):
         render_clips(config)
-    clips = ClipFolder(config.data.folder, config.data.frames, config.data.height, config.data.width, config.data.stride)
+    data = open_clips(config, stack, device)
     roles = new_roles(config, stack, score_unet).to(device)
     for part in (stack.vae, stack.text_encoder):
         part.to(device)
-    data = LatentClips(clips, stack, device, config.run.precision)
     heads = new_heads(config, roles, data).to(device)
     distillation = Distillation(config, roles, heads, data.text([""]), device)
 
-    gallery = new_gallery(config, stack, clips.captions)
+    gallery = new_gallery(config, stack, data.captions)
     own = student_method("student", roles.student, config.student.steps)
 
     def show(step: int) -> None:

@@ -1,37 +1,83 @@
 """Captioned clips in model space, as the training loop asks for them."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from avdm2_nodes.diffusion.stack import Stack
+from training.cache import Cache, is_cache, space_of
+from training.config import DistillConfig
 from training.data import ClipFolder
 from training.precision import autocast
 
+_TEXTS = 1024  # embeddings kept in memory: of SD1.5 a quarter of a gigabyte
 
-class LatentClips:
-    """Clips of a folder, encoded when they are first asked for and kept in memory from then on.
+
+class Encoder:
+    """Takes clips and captions into a stack's model space.
 
     Each is encoded alone: the last bits of a batch's result may depend on its size, and a resumed run meets other batches.
     """
 
-    def __init__(self, clips: ClipFolder, stack: Stack, device: torch.device, precision: str = "auto"):
-        self.clips, self.stack, self.device, self.precision = clips, stack, device, precision
+    def __init__(self, stack: Stack, device: torch.device, precision: str = "auto"):
+        self.stack, self.device, self.precision = stack, device, precision
+        self.text = lru_cache(_TEXTS)(self._text)
+
+    def clip(self, frames: Tensor) -> Tensor:
+        """(F, H, W, 3) uint8 -> (C, F, h, w) float32 on the CPU."""
+        with autocast(self.device, self.precision):
+            return self.stack.encode_clips(frames[None])[0].cpu()
+
+    def _text(self, caption: str) -> Tensor:
+        """(L, D) float32 on the CPU."""
+        return self.stack.encode_text([caption])[0].float().cpu()
+
+
+class EncodedClips:
+    """Clips of videos in model space, encoded when they are first asked for and kept in memory from then on."""
+
+    def __init__(self, clips: ClipFolder, encoder: Encoder):
+        self.clips, self.encoder, self.captions = clips, encoder, clips.captions
         self._latents: dict[int, Tensor] = {}
-        self._texts: dict[str, Tensor] = {}
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """(clip (C, F, h, w), text embedding (L, D)), float32 on the CPU. VideoError if its file went bad meanwhile."""
+        if index not in self._latents:
+            self._latents[index] = self.encoder.clip(self.clips.read(index))
+        return self._latents[index], self.encoder.text(self.captions[index])
+
+
+class LatentClips:
+    """Batches of captioned clips in model space on a device, from videos or from a cache of them."""
+
+    def __init__(self, source: EncodedClips | Cache, encoder: Encoder):
+        self.source, self.encoder = source, encoder
 
     def __len__(self) -> int:
-        return len(self.clips)
+        return len(self.source.captions)
+
+    @property
+    def captions(self) -> list[str]:
+        return self.source.captions
 
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """(clips (B, C, F, h, w), text embeddings (B, L, D)) of some indices, float32, on the device."""
-        for i in sorted(set(indices) - self._latents.keys()):
-            with autocast(self.device, self.precision):
-                self._latents[i] = self.stack.encode_clips(self.clips.read(i)[None])[0].cpu()
-        clips = torch.stack([self._latents[i] for i in indices]).to(self.device)
-        return clips, self.text([self.clips.captions[i] for i in indices])
+        clips, texts = zip(*(self.source.read(i) for i in indices), strict=True)
+        return torch.stack(clips).to(self.encoder.device), torch.stack(texts).to(self.encoder.device)
 
     def text(self, captions: list[str]) -> Tensor:
-        """(B, L, D) float32 embeddings of captions, each computed once."""
-        for caption in sorted(set(captions) - self._texts.keys()):
-            self._texts[caption] = self.stack.encode_text([caption])[0].float().cpu()
-        return torch.stack([self._texts[caption] for caption in captions]).to(self.device)
+        """(B, L, D) float32 embeddings of captions, on the device."""
+        return torch.stack([self.encoder.text(caption) for caption in captions]).to(self.encoder.device)
+
+
+def open_clips(config: DistillConfig, stack: Stack, device: torch.device) -> LatentClips:
+    """The clips that `data.folder` names: videos and tar shards are checked, and encoded as they are asked for; a cache is verified.
+
+    DataError for a folder that cannot be used, as `ClipFolder` and `Cache`.
+    """
+    data, encoder = config.data, Encoder(stack, device, config.run.precision)
+    if is_cache(data.folder):
+        return LatentClips(Cache(data.folder, space_of(stack, data)), encoder)
+    clips = ClipFolder(data.folder, data.frames, data.height, data.width, data.stride)
+    return LatentClips(EncodedClips(clips, encoder), encoder)

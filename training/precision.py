@@ -22,12 +22,17 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def uses_bf16(device: torch.device, precision: str = "auto") -> bool:
+    """Whether forward passes on a device are bf16 autocast (`auto` picks by `has_bf16`)."""
+    return precision == "bf16" or (precision == "auto" and has_bf16(device))
+
+
 def autocast(device: torch.device, precision: str = "auto", cache: bool = True):
-    """A context for forward passes: bf16 autocast over float32 weights, or plain float32 (`auto` picks by `has_bf16`).
+    """A context for forward passes: bf16 autocast over float32 weights, or plain float32, as `uses_bf16` says.
 
     Without `cache` weights are cast at each use: needed where passes with and without gradient stand in one context, since some
     versions of torch hand the one the weights that were cast, without gradient, for the other.
     """
-    if precision == "bf16" or (precision == "auto" and has_bf16(device)):
+    if uses_bf16(device, precision):
         return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)
     return contextlib.nullcontext()

@@ -19,13 +19,13 @@ class RunFolderError(RuntimeError):
 class RunFolder:
     """`with RunFolder(path, expected_bytes) as folder:` makes the folder and holds it until the end of the block.
 
-    `expected_bytes` is what the run is going to write there. The lock is the operating system's: it ends with its holder,
-    however that dies. RunFolderError, on entering, when the folder cannot be made or written, its disk is too full or
-    another process holds it.
+    `expected_bytes` is what is going to be written there, `setting` what names the folder. The lock is the operating system's:
+    it ends with its holder, however that dies. RunFolderError, on entering, when the folder cannot be made or written, its disk
+    is too full or another process holds it.
     """
 
-    def __init__(self, path, expected_bytes: int = 0):
-        self.path, self.expected_bytes = Path(path), expected_bytes
+    def __init__(self, path, expected_bytes: int = 0, setting: str = "--run.folder"):
+        self.path, self.expected_bytes, self.setting = Path(path), expected_bytes, setting
         self._lock = self._stats = None
 
     def __enter__(self):
@@ -41,20 +41,20 @@ class RunFolder:
             holder = self._lock.read().decode() or "unknown"
             self._close()
             raise RunFolderError(
-                f"Expected a run folder that is free at {self.path}, found it in use by process {holder}; "
-                "wait for that, or name another with --run.folder."
+                f"Expected a folder that is free at {self.path}, found it in use by process {holder}; "
+                f"wait for that, or name another with {self.setting}."
             ) from error
         except OSError as error:
             self._close()
             raise RunFolderError(
-                f"Expected a run folder that can be written at {self.path}, found: {error.strerror}; "
-                "name another with --run.folder."
+                f"Expected a folder that can be written at {self.path}, found: {error.strerror}; "
+                f"name another with {self.setting}."
             ) from error
         if free < needed:
             self._close()
             raise RunFolderError(
                 f"Expected {needed / 2**20:.0f} MiB free for {self.path}, found {free / 2**20:.0f} MiB; "
-                "make room, or name another disk with --run.folder."
+                f"make room, or name another disk with {self.setting}."
             )
         return self
 

@@ -1,6 +1,7 @@
 """Video files in and out, as uint8 arrays of RGB frames."""
 
 import os
+from io import BytesIO
 from pathlib import Path
 
 import av
@@ -57,21 +58,23 @@ def _encode(path: Path, frames: np.ndarray, fps: int, crf: int) -> None:
         container.mux(stream.encode())
 
 
-def read_video(path, frames: int, stride: int = 1, start: int = 0) -> np.ndarray:
+def read_video(path, frames: int, stride: int = 1, start: int = 0, data: bytes | None = None) -> np.ndarray:
     """Frames start, start + stride, … of a video's first picture stream, as (frames, H, W, 3) uint8 RGB, upright.
 
-    VideoError for a file that is missing, empty, no video, damaged within the frames asked for, or too short for them.
+    With `data`, the bytes of a video that is part of another file, `path` is only its name. VideoError for a video that is
+    missing, empty, none, damaged within the frames asked for, or too short for them.
     """
     path = Path(path)
-    if not path.is_file():
+    if data is None and not path.is_file():
         raise VideoError(f"Expected a video file at {path}, found {'a folder' if path.is_dir() else 'nothing'}.")
-    if path.stat().st_size == 0:
+    if (path.stat().st_size if data is None else len(data)) == 0:
         raise VideoError(f"Expected a video in {path}, found an empty file; copy or export it again.")
     wanted = range(start, start + frames * stride, stride)
     kept, decoded = [], 0
     try:
         # Local files only: a playlist in disguise must not make FFmpeg open the network.
-        with av.open(f"file:{path.resolve()}", options={"protocol_whitelist": "file"}) as container:
+        source = f"file:{path.resolve()}" if data is None else BytesIO(data)
+        with av.open(source, options={"protocol_whitelist": "file"}) as container:
             if not container.streams.video:
                 raise VideoError(f"Expected a video in {path}, found no picture stream (sound only?).")
             stream = container.streams.video[0]

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from training.data import ClipFolder, write_clips
-from training.latents import LatentClips
+from training.latents import EncodedClips, Encoder, LatentClips
 from training.miniature import world
 
 
@@ -15,7 +15,8 @@ def clips(tmp_path):
 
 
 def latents(clips, stack):
-    return LatentClips(clips, stack, torch.device("cpu"), "float32")
+    encoder = Encoder(stack, torch.device("cpu"), "float32")
+    return LatentClips(EncodedClips(clips, encoder), encoder)
 
 
 def test_clips_are_the_stacks_latents_times_the_scaling_factor(clips, stack):
@@ -42,7 +43,7 @@ def test_each_clip_is_read_once(clips, stack, monkeypatch):
     monkeypatch.setattr(clips, "read", lambda i: seen.append(i) or read(i))
     data.batch([1, 1, 3])
     data.batch([3, 1])
-    assert seen == [1, 3] and len(data) == 4
+    assert seen == [1, 3] and len(data) == 4 and data.captions == clips.captions
 
 
 def test_the_empty_prompt(clips, stack):

@@ -1,0 +1,348 @@
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset
+
+from avdm2_nodes.diffusion.samplers import draw_noise, sample_teacher
+from avdm2_nodes.diffusion.unets import video_predictor
+from training import distill, prepare
+from training.cache import Cache, is_cache, space_of
+from training.config import ROOT, ConfigError, load_config, to_yaml
+from training.data import ClipFolder, DataError, write_clips
+from training.latents import open_clips
+from training.miniature import world
+from training.randomness import keyed_generator
+from training.run_folder import RunFolder, RunFolderError
+
+SCRIPT = ROOT / "training" / "prepare.py"
+CPU = torch.device("cpu")
+GOOD = 7
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory):
+    """A folder of seven clips and, between them, three that cannot be used."""
+    folder = tmp_path_factory.mktemp("videos") / "set"
+    clips = [(clip.frames, clip.content.caption) for clip in world.render_split(GOOD, style="plain", held_out=False, seed=0)]
+    write_clips(folder, clips, world.FPS)
+    data = (folder / "00003.mp4").read_bytes()
+    (folder / "00003b.mp4").write_bytes(data[: len(data) // 2])
+    (folder / "00004b.mp4").write_bytes(data)  # has no caption
+    (folder / "00005b.mp4").write_text("no video")
+    with (folder / "captions.jsonl").open("a") as table:
+        for name in ("00003b.mp4", "00005b.mp4"):
+            table.write(json.dumps({"file": name, "caption": "bad"}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory, videos, stack_folder, make_config):
+    """settings(section={...}): a YAML file of a tiny run on those clips and the tiny stack."""
+    folder = tmp_path_factory.mktemp("settings")
+
+    def write(**changes):
+        sections = {
+            "run": {"updates": 2, "folder": str(folder / "run"), "sample_every": 9},
+            "data": {"folder": str(videos)},
+            "model": {"teacher": str(stack_folder)},
+            "student": {"steps": [999, 499]},
+            "evaluation": {"teacher_steps": 2, "world": None},
+        }
+        for name, values in changes.items():
+            sections[name] = sections[name] | values
+        path = folder / f"{len(list(folder.iterdir()))}.yaml"
+        path.write_text(to_yaml(make_config(**sections)))
+        return path
+
+    return write
+
+
+def run(out, config, *arguments):
+    prepare.main(["--out", str(out), "--config", str(config), "--shard-clips", "2", *map(str, arguments)])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".safetensors")}
+
+
+@pytest.fixture(scope="session")
+def prepared(settings, tmp_path_factory):
+    """What an unbroken command leaves; one worker decodes."""
+    out = tmp_path_factory.mktemp("prepared") / "cache"
+    run(out, settings(), "--workers", "1")
+    return out
+
+
+def opened(stack, config, *arguments):
+    return open_clips(load_config(["--config", str(config), *map(str, arguments)]), stack, CPU)
+
+
+# ---- from videos ----
+
+
+def test_training_gets_the_same_batches_from_videos_and_from_the_cache(stack, settings, prepared):
+    raw, cached = opened(stack, settings()), opened(stack, settings(), "--data.folder", prepared)
+    assert len(raw) == len(cached) == GOOD and raw.captions == cached.captions
+    for batch in ([0, 1, 2, 3, 4, 5, 6], [6, 2, 2], [4]):
+        for a, b in zip(raw.batch(batch), cached.batch(batch), strict=True):
+            assert torch.equal(a, b) and a.dtype == b.dtype == torch.float32
+    assert torch.equal(raw.text(["", "x"]), cached.text(["", "x"]))
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_cache_is_the_same_whatever_the_number_of_workers(settings, prepared, tmp_path, workers):
+    run(tmp_path / "cache", settings(), "--workers", workers)
+    assert contents(tmp_path / "cache") == contents(prepared)
+
+
+def test_bad_clips_are_named_skipped_and_counted(settings, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        run(tmp_path / "cache", settings(), "--workers", "0")
+    for name in ("00003b.mp4", "00004b.mp4", "00005b.mp4"):
+        assert caplog.text.count(f"Skipped {name}: Expected") == 1
+    assert f"{GOOD} clips are in {tmp_path / 'cache'}, 3 skipped" in caplog.text
+
+
+def test_tar_shards_are_prepared_too(stack, settings, videos, prepared, tmp_path):
+    captions = {row["file"]: row["caption"] for row in map(json.loads, (videos / "captions.jsonl").read_text().splitlines())}
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
+        for name, caption in sorted(captions.items()):
+            tar.write({"__key__": name[:-4], "mp4": (videos / name).read_bytes(), "txt": caption})
+    run(tmp_path / "cache", settings(data={"folder": str(tmp_path / "*.tar")}), "--workers", "1")
+    ours, theirs = Cache(tmp_path / "cache", _space(stack, settings())), Cache(prepared, _space(stack, settings()))
+    assert ours.captions == theirs.captions
+    for i in range(GOOD):
+        assert all(torch.equal(a, b) for a, b in zip(ours.read(i), theirs.read(i), strict=True))
+
+
+def _space(stack, config):
+    return space_of(stack, load_config(["--config", str(config)]).data)
+
+
+def test_the_space_is_that_of_the_weights_and_the_settings(stack, settings):
+    def space(**data):
+        return _space(stack, settings(data=data))
+
+    before = space()
+    for key, value in {"frames": 4, "height": 32, "width": 32, "stride": 2}.items():
+        assert space(**{key: value}) == before | {key: value}
+    with torch.no_grad():
+        next(stack.vae.parameters()).add_(1)
+    assert {key for key, value in space().items() if value != before[key]} == {"vae"}
+    with torch.no_grad():
+        next(stack.text_encoder.parameters()).add_(1)
+    assert {key for key, value in space().items() if value != before[key]} == {"vae", "text_encoder"}
+
+
+def test_a_worker_that_ends_is_told_and_nothing_is_lost(settings, prepared, tmp_path, monkeypatch):
+    read = ClipFolder.read
+
+    def last_moment(clips, index):
+        if index == 6:
+            os.kill(os.getpid(), signal.SIGKILL)  # as a system short of memory does
+        return read(clips, index)
+
+    monkeypatch.setattr(ClipFolder, "read", last_moment)
+    with pytest.raises(DataError, match=r"processes that decode to go on, found: .*--workers") as caught:
+        run(tmp_path / "cache", settings(), "--workers", "1")
+    assert "\n" not in str(caught.value) and is_cache(tmp_path / "cache")
+    monkeypatch.undo()
+    run(tmp_path / "cache", settings(), "--workers", "1")
+    assert contents(tmp_path / "cache") == contents(prepared)
+
+
+@pytest.mark.slow
+def test_training_on_the_cache_is_training_on_the_videos(settings, prepared, tmp_path):
+    students = []
+    for name, arguments in {"raw": [], "cached": ["--data.folder", str(prepared)]}.items():
+        config = load_config(["--config", str(settings()), *arguments, "--run.folder", str(tmp_path / name)])
+        with RunFolder(config.run.folder) as folder:
+            students.append(distill.read_student(distill.distil(config, folder, report=False)).tensors)
+    assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
+
+
+# ---- from the teacher ----
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a large red circle\n\n  a small  blue square \na green triangle\n")
+    return path
+
+
+def test_the_teachers_clips_are_those_of_its_sampler(stack, settings, prompts, tmp_path):
+    config = settings(run={"batch": 1}, data={"folder": "nowhere"}, evaluation={"teacher_guidance": 3.0})
+    run(tmp_path / "cache", config, "--prompts", prompts, "--clips", "5")
+    data = opened(stack, config, "--data.folder", tmp_path / "cache", "--data.stride", "4")
+    words = ["a large red circle", "a small blue square", "a green triangle"]
+    assert data.captions == words + words[:2]
+    clips, texts = data.batch(range(5))
+    for i in (0, 4):
+        noise = draw_noise((1, 4, 8, 8, 8), [keyed_generator(0, "teacher clip", i)], CPU)
+        text, empty = stack.encode_text([words[i % 3]]), stack.encode_text([""])
+        want = sample_teacher(video_predictor(stack.teacher), noise, text, empty, 2, 3.0)[0]
+        torch.testing.assert_close(clips[i], want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(texts[i], text[0], rtol=1e-4, atol=1e-5)
+    assert (clips[0] - clips[3]).abs().max() > 0.1  # the same prompt, another noise
+
+
+def test_the_teachers_clips_go_on_where_they_were(settings, prompts, tmp_path, monkeypatch):
+    arguments = settings(), "--prompts", prompts, "--clips", "6"
+    run(tmp_path / "whole", *arguments)
+    sample, calls = prepare.sample_teacher, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample(*args)
+
+    monkeypatch.setattr(prepare, "sample_teacher", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cache", *arguments)
+    run(tmp_path / "cache", *arguments)
+    assert len(calls) == 4 and contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+# ---- killed at any moment ----
+
+
+def start(out, config, cwd):
+    """The command, as a process from another folder, with nothing of ours installed or on the path."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, str(SCRIPT), "--out", str(out), "--config", str(config), "--shard-clips", "2", "--workers", "2"]
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_when(process, condition):
+    """Kills the process as soon as the condition holds, or finds it done."""
+    while not condition() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def processes_of(out):
+    """Command lines of running processes that name the folder."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            lines.append(path.read_bytes())
+    return [line for line in lines if os.fsencode(out) in line]
+
+
+def finish(out, config, cwd):
+    process = start(out, config, cwd)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+
+
+def test_a_command_that_was_killed_twice_ends_as_one_that_was_not(settings, prepared, tmp_path):
+    out, config = tmp_path / "cache", settings()
+    for moment in (lambda: is_cache(out), lambda: (out / "shard-000002.safetensors").exists()):
+        process = start(out, config, tmp_path)
+        kill_when(process, moment)
+        assert process.returncode == -signal.SIGKILL
+        assert not json.loads((out / "cache.json").read_text())["complete"]
+    end = time.monotonic() + 60
+    while processes_of(out):  # the workers end with the command that was killed
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    finish(out, config, tmp_path)
+    assert contents(out) == contents(prepared) and not list(out.glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(settings, prepared, tmp_path):
+    out, config, rng = tmp_path / "cache", settings(), random.Random(0)
+    began = time.monotonic()
+    finish(tmp_path / "timed", config, tmp_path)
+    seconds = time.monotonic() - began
+    for _ in range(20):
+        end = time.monotonic() + rng.uniform(0, seconds)
+        kill_when(start(out, config, tmp_path), lambda end=end: time.monotonic() > end)
+        if out.exists() and is_cache(out) and json.loads((out / "cache.json").read_text())["complete"]:
+            assert contents(out) == contents(prepared)
+            shutil.rmtree(out)
+    finish(out, config, tmp_path)
+    assert contents(out) == contents(prepared)
+
+
+# ---- refusals: one sentence each ----
+
+
+def test_refusals_of_training(stack, settings, prepared, tmp_path):
+    def refused(match, *arguments):
+        with pytest.raises(DataError, match=match) as caught:
+            opened(stack, settings(), "--data.folder", tmp_path / "cache", *arguments)
+        assert "\n" not in str(caught.value)
+
+    shutil.copytree(prepared, tmp_path / "cache")
+    refused("found frames 8 where this run has 4; prepare", "--data.frames", 4)
+    shard = tmp_path / "cache" / "shard-000001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused("shard-000001.safetensors as it was written, found it torn or altered")
+    with torch.no_grad():
+        next(stack.vae.parameters()).add_(1)
+    refused("found vae .* where this run has ")
+
+
+def test_refusals(settings, videos, prepared, prompts, tmp_path):
+    def refused(error, match, *arguments, out=tmp_path / "new"):
+        with pytest.raises(error, match=match) as caught:
+            run(out, settings(), "--workers", "0", *arguments)
+        assert "\n" not in str(caught.value)
+
+    before = contents(prepared)
+    refused(DataError, "in use; name another", out=videos)
+    refused(DataError, "found a file", out=SCRIPT)
+    refused(DataError, "gone, found nothing", "--data.folder", tmp_path / "gone")
+    refused(DataError, "found a cache of them", "--data.folder", prepared)
+    refused(DataError, "gone.txt, found: No such file", "--prompts", tmp_path / "gone.txt")
+    refused(ConfigError, "--data.frames", "--data.framse", "8")
+    refused(DataError, "another frames; set", "--data.frames", "4", out=prepared)
+    refused(DataError, "another stride, kind", "--prompts", prompts, out=prepared)
+    refused(DataError, "none; write some", "--prompts", _write(tmp_path / "blank.txt", " \n\n"))
+    refused(DataError, "another encoding", "--prompts", _write(tmp_path / "l.txt", b"\xff"))
+    with RunFolder(tmp_path / "held"):
+        refused(RunFolderError, f"in use by process {os.getpid()}.*--out", out=tmp_path / "held")
+    refused(DataError, "found 10 that cannot, first: Expected at least 99 frames", "--data.frames", "99")
+    (tmp_path / "mute").mkdir()
+    shutil.copy(videos / "00000.mp4", tmp_path / "mute")
+    refused(
+        DataError,
+        "1 that cannot be used, first: Expected a caption",
+        "--data.folder",
+        tmp_path / "mute",
+        out=tmp_path / "other",
+    )
+    assert contents(prepared) == before
+
+
+def _write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_a_refusal_of_the_real_command_is_one_line(settings, videos, tmp_path):
+    process = start(videos, settings(), tmp_path)
+    output, _ = process.communicate()
+    assert process.returncode == 1 and len(output.splitlines()) == 1 and "in use" in output
+
+
+@pytest.mark.parametrize("arguments", [[], ["--out", "x", "--clips", "3"], ["--out", "x", "--workers", "-1"]])
+def test_arguments_that_cannot_be(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        prepare.parse(arguments)
+    assert caught.value.code == 2 and "error:" in capsys.readouterr().err

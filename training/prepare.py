@@ -1,0 +1,266 @@
+"""Prepares clips for training: every video is decoded and checked once, latents and text embeddings are kept in shards with hashes.
+
+python training/prepare.py --out FOLDER [--config FILE] [--section.key VALUE ...]
+python training/prepare.py --out FOLDER --prompts FILE [--clips N] [--config FILE] [--section.key VALUE ...]
+
+The first takes the clips of `data.folder`, the second, without any video, samples them from the teacher. The settings are those of
+training/distill.py, which then trains on them with `--data.folder FOLDER`. A command that was interrupted goes on when it is given again.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
+
+import argparse
+import hashlib
+import json
+import logging
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from avdm2_nodes.diffusion.samplers import draw_noise, sample_teacher
+from avdm2_nodes.diffusion.stack import Stack, load_stack
+from avdm2_nodes.diffusion.student_file import weights_hash
+from avdm2_nodes.diffusion.unets import video_predictor
+from training import console
+from training.cache import LatentClip, Maker, Unusable, is_cache, space_of, write_cache
+from training.config import DistillConfig, load_config
+from training.data import ClipFolder, DataError, needs_clips
+from training.distill import EXPECTED_ERRORS, render_clips
+from training.latents import Encoder
+from training.precision import autocast, pick_device, uses_bf16
+from training.randomness import sample_generators
+from training.run_folder import RunFolder
+from training.sample import between
+from training.video import VideoError
+
+logger = logging.getLogger("prepare")
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own arguments, and the rest, which are settings."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Every other argument is one of training/distill.py (see its --help): the data, the model, evaluation.teacher_steps "
+        "and evaluation.teacher_guidance of the teacher, run.seed, run.device and run.precision bear on what is made.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the cache goes")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text of prompts, one a line, for clips of the teacher")
+    parser.add_argument("--clips", type=between(1, 10**9), metavar="N", help="of the teacher (default: one a prompt)")
+    workers_help = "processes that decode videos (default: one a CPU core)"
+    parser.add_argument("--workers", type=between(0, 1024), default=os.cpu_count() or 1, metavar="N", help=workers_help)
+    shard_help = "clips a shard, the most that an interruption loses (default: 64)"
+    parser.add_argument("--shard-clips", type=between(1, 10**6), default=64, metavar="N", help=shard_help)
+    args, settings = parser.parse_known_args(argv)
+    if args.clips and not args.prompts:
+        parser.error("--clips is for clips of the teacher: name their --prompts too, or leave it out")
+    return args, settings
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, settings = parse(argv)
+    prepare(args, load_config(settings))
+
+
+def prepare(args: argparse.Namespace, config: DistillConfig) -> None:
+    """What the command line asks for. One of EXPECTED_ERRORS, each a sentence."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    _require_room_for_a_cache(args.out)
+    prompts = read_prompts(args.prompts) if args.prompts else []
+    device, model = pick_device(config.run.device), config.model
+    stack = load_stack(model.teacher, model.motion, with_motion=bool(prompts), tokenizer=model.tokenizer)
+    for part in (stack.vae, stack.text_encoder):
+        part.to(device)
+    encoder, space = Encoder(stack, device, config.run.precision), space_of(stack, config.data)
+    left_out: list[Unusable] = []
+    if prompts:
+        count, space["stride"] = args.clips or len(prompts), None
+        source, make = sampled_clips(config, stack, encoder, prompts)
+    else:
+        clips = open_videos(config)
+        count, left_out = len(clips), [Unusable(*pair) for pair in clips.skipped]
+        source, make = encoded_videos(clips, encoder, args.workers)
+    source["precision"] = "bf16" if uses_bf16(device, config.run.precision) else "float32"
+    with RunFolder(args.out, count * _clip_bytes(config, stack, encoder) - _written_bytes(args.out), "--out"):
+        usable, skipped = write_cache(args.out, space, source, count, args.shard_clips, make)
+    for clip in skipped:
+        logger.warning("Skipped %s: %s", clip.name, clip.reason)
+    left_out = sorted(left_out + skipped, key=lambda clip: clip.name)
+    if not usable:
+        raise DataError(f"Expected clips that can be used, found {len(left_out)} that cannot, first: {left_out[0].reason}")
+    logger.info(
+        "%d clips are in %s, %d skipped. Train on them with --data.folder %s", usable, args.out, len(left_out), args.out
+    )
+
+
+# ---- from videos ----
+
+
+def open_videos(config: DistillConfig) -> ClipFolder:
+    """The captioned videos of `data.folder`, none decoded yet. DataError where there are none, or a cache in their place."""
+    data = config.data
+    if is_cache(data.folder):
+        raise DataError(f"Expected videos or tar shards in {data.folder}, found a cache of them; train on it as it is.")
+    if data.render and needs_clips(data.folder):
+        render_clips(config)
+    return ClipFolder(data.folder, data.frames, data.height, data.width, data.stride, check=False)
+
+
+class _Frames(Dataset):
+    """What worker processes make of a clip: its frames (F, H, W, 3) uint8, or why it cannot be used."""
+
+    def __init__(self, clips: ClipFolder):
+        self.clips = clips
+
+    def __getitem__(self, index: int) -> np.ndarray | str:
+        try:
+            return self.clips.read(index).numpy()
+        except VideoError as error:
+            return str(error)
+
+
+def _as_it_is(item):
+    return item
+
+
+def _end_with_parent(worker: int) -> None:
+    """A worker whose command was killed would wait for ever to hand over its clip."""
+    parent = multiprocessing.parent_process().pid
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _told(frames: DataLoader) -> Iterator[np.ndarray | str]:
+    """What the workers make; the end of one of them as DataError."""
+    try:
+        yield from frames
+    except RuntimeError as error:
+        raise DataError(
+            f"Expected the processes that decode to go on, found: {str(error).splitlines()[0]}; "
+            "lower --workers if memory is short, and give the command again: it goes on."
+        ) from error
+
+
+def encoded_videos(clips: ClipFolder, encoder: Encoder, workers: int) -> tuple[dict, Maker]:
+    """(what the clips are made of, their maker): decoded by worker processes a few clips ahead, encoded one by one in their order."""
+    entries = hashlib.sha256()
+    for entry in clips.entries:
+        entries.update(json.dumps([entry.name, entry.caption, entry.size]).encode())
+
+    def make(parts: Sequence[range]) -> Iterator[LatentClip | Unusable]:
+        order = [i for part in parts for i in part]
+        # Arrays go through a pipe, not through shared memory, of which containers have little.
+        frames = DataLoader(
+            _Frames(clips), None, sampler=order, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=_end_with_parent
+        )
+        for i, found in zip(order, _told(frames), strict=True):
+            entry = clips.entries[i]
+            if isinstance(found, str):
+                yield Unusable(entry.name, found)
+            else:
+                yield LatentClip(entry.name, entry.caption, encoder.clip(torch.from_numpy(found)), encoder.text(entry.caption))
+
+    return {"kind": "videos", "videos": entries.hexdigest()}, make
+
+
+# ---- from the teacher ----
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not blank. DataError where it cannot be read or has none."""
+    try:
+        prompts = [" ".join(line.split()) for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        cause = getattr(error, "strerror", None) or "another encoding than UTF-8"
+        raise DataError(f"Expected a text of prompts at {path}, found: {cause}; give another after --prompts.") from error
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise DataError(f"Expected a prompt a line in {path}, found none; write some.")
+    return prompts
+
+
+def sampled_clips(config: DistillConfig, stack: Stack, encoder: Encoder, prompts: Sequence[str]) -> tuple[dict, Maker]:
+    """(what the clips are made of, their maker): clip i shows prompt i, then the first again, from a generator of its own.
+
+    As many at once as a training step takes, never over the bounds of a part.
+    """
+    data, run, steps = config.data, config.run, config.evaluation.teacher_steps
+    guidance, at_once, device = config.evaluation.teacher_guidance, config.run.batch // config.run.accumulate, encoder.device
+    shape = stack.vae.config.latent_channels, data.frames, data.height // stack.pixels, data.width // stack.pixels
+    torch.nn.Module.to(stack.teacher, device)  # diffusers' own `to` warns of parts that this UNet does not have
+    teacher, empty = video_predictor(stack.teacher), encoder.text("")[None].to(device)
+
+    def make(parts: Sequence[range]) -> Iterator[LatentClip | Unusable]:
+        for part in parts:
+            for start in range(part.start, part.stop, at_once):
+                samples = range(start, min(start + at_once, part.stop))
+                captions = [prompts[i % len(prompts)] for i in samples]
+                texts = [encoder.text(caption) for caption in captions]
+                noise = draw_noise((len(samples), *shape), sample_generators(samples, run.seed, "teacher clip"), device)
+                with autocast(device, run.precision):
+                    clips = sample_teacher(teacher, noise, torch.stack(texts).to(device), empty, steps, guidance)
+                for i, caption, clip, text in zip(samples, captions, clips.float().cpu(), texts, strict=True):
+                    if clip.isfinite().all():
+                        yield LatentClip(f"clip {i}", caption, clip, text)
+                    else:
+                        yield Unusable(f"clip {i}", f"Expected finite numbers from the teacher for {caption!r}, found others.")
+
+    source = {
+        "kind": "teacher",
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "teacher": weights_hash(stack.teacher),
+        "steps": steps,
+        "guidance": guidance,
+        "seed": run.seed,
+        "at_once": at_once,
+    }
+    return source, make
+
+
+# ---- room ----
+
+
+def _require_room_for_a_cache(folder: Path) -> None:
+    """DataError for a path that is a file, or a folder that holds other things than a cache."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"Expected a folder for the cache at {folder}, found a file; name another with --out.")
+    if folder.is_dir() and not is_cache(folder) and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise DataError(f"Expected a new or empty folder for the cache, found {folder} in use; name another with --out.")
+
+
+def _clip_bytes(config: DistillConfig, stack: Stack, encoder: Encoder) -> int:
+    data = config.data
+    latents = stack.vae.config.latent_channels * data.frames * (data.height // stack.pixels) * (data.width // stack.pixels)
+    return 4 * (latents + encoder.text("").numel())
+
+
+def _written_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
+if __name__ == "__main__":
+    console.set_up()
+    try:
+        main()
+    except EXPECTED_ERRORS as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; the same command goes on where it was.")
