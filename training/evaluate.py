@@ -1,4 +1,8 @@
-"""Measures the shipped student beside its teacher, and what each loss buys: `python training/evaluate.py [--ablations]`.
+"""Measures a student beside its teacher: `python training/evaluate.py [--student FILE] [--ablations]`, by default the shipped one.
+
+Where the teacher's folder holds the net of a rendered world, as the miniature's does, that world's oracle reads clips of held-out
+prompts. Any other teacher is measured on the captions of real videos by public networks, each from a local path:
+`--model CHECKPOINT --motion FILE --student FILE --real FOLDER --i3d FILE --videomae FOLDER --clip FOLDER`.
 
 Every row is kept as soon as it is measured; the same command goes on where it was stopped.
 """
@@ -12,6 +16,8 @@ if __name__ == "__main__":
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
 import argparse
+import hashlib
+import json
 import logging
 import platform
 import shutil
@@ -21,21 +27,26 @@ from datetime import UTC, datetime
 import numpy as np
 import torch
 
+from avdm2_nodes.diffusion.peers import is_peer, load_peer
+from avdm2_nodes.diffusion.recognise import FileFormatError
 from avdm2_nodes.diffusion.schedules import trailing_timesteps
 from avdm2_nodes.diffusion.stack import Stack, load_stack
-from avdm2_nodes.diffusion.student_file import read_student, student_timesteps, student_unet
+from avdm2_nodes.diffusion.student_file import Student, StudentInfo, read_student, student_timesteps, student_unet, weights_hash
 from avdm2_nodes.diffusion.unets import video_predictor
 from training import console
 from training.checkpoint import Checkpoints, write_atomically
 from training.config import ROOT, DistillConfig, load_config, to_yaml
+from training.data import ClipFolder
 from training.distill import EXPECTED_ERRORS, distil, feature_net
+from training.evaluation.backbones import BackboneError, add_arguments, load_networks
 from training.evaluation.feature_net import content_hash
-from training.evaluation.measure import BETTER, Figure
+from training.evaluation.measure import BETTER, PUBLIC_BETTER, Figure
 from training.evaluation.pictures import animated, contact_sheet, plot_table
 from training.evaluation.report import markdown_table, write_report
-from training.evaluation.rows import Bench, Method, kept, steps_in_words, student_method, teacher_method
+from training.evaluation.rows import Bench, Method, VideoBench, kept, steps_in_words, student_method, teacher_method
 from training.precision import pick_device
 from training.run_folder import RunFolder
+from training.sample import between, scale
 
 logger = logging.getLogger("evaluate")
 
@@ -48,53 +59,79 @@ ABLATIONS = {
     "ADM only": ["--sdm.weight", "0"],
     "AVDM2": [],
 }
-PLOTTED = ("accuracy", "Fréchet distance", "KID", "motion error", "coverage", "diversity")
+PLOTTED = ("accuracy", "Fréchet distance", "KID", "motion error", "coverage", "diversity", *PUBLIC_BETTER)
 SHOWN = 4  # prompts in the pictures
 _BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "miniature", help="the teacher's stack")
-    parser.add_argument("--student", type=Path, help="student file (default: the stack's student.safetensors)")
-    parser.add_argument("--clips", type=int, default=1024, help="clips a row")
-    parser.add_argument("--guidance", type=float, default=3.0, help="CFG scale of the teacher")
+    model_help = "the teacher: a diffusers folder or an SD1.5 checkpoint (default: the miniature)"
+    parser.add_argument("--model", type=Path, default=ROOT / "miniature", metavar="PATH", help=model_help)
+    parser.add_argument("--motion", type=Path, metavar="PATH", help="motion modules, where the teacher's folder has none")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="CLIP's vocabulary, for a checkpoint in one file")
+    student_help = "student file, or an AnimateDiff-Lightning or AnimateLCM module (default: the teacher's student.safetensors)"
+    parser.add_argument("--student", type=Path, metavar="FILE", help=student_help)
+    parser.add_argument("--clips", type=between(6, 2**20), default=1024, help="clips a row (default: 1024)")
+    parser.add_argument("--guidance", type=scale, default=3.0, help="CFG scale of the teacher (default: 3)")
     parser.add_argument("--ablations", action="store_true", help="train and measure the short recipe, whole and with one loss")
-    parser.add_argument("--seeds", type=int, default=3, help="training seeds of the ablations")
+    parser.add_argument("--seeds", type=between(1, 100), default=3, help="training seeds of the ablations (default: 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "evaluation", help="where rows and reports are kept")
     parser.add_argument("--readme", type=Path, help="a Markdown file whose results section is to be replaced")
+    add_arguments(parser)
     args = parser.parse_args(argv)
+    if args.ablations and args.real:
+        parser.error("expected no --real beside --ablations, whose recipe is the miniature's; leave one out")
 
-    stack = load_stack(args.model)
     device = pick_device()
+    stack = load_stack(args.model, args.motion, tokenizer=args.tokenizer)
     for part in (stack.vae, stack.text_encoder, stack.image_unet, stack.teacher):
         part.to(device)
-    features = args.model / "feature_net.safetensors"
-    bench = Bench(stack, feature_net(stack), args.clips)
     student_file = args.student or args.model / "student.safetensors"
+    student = load_peer(student_file, stack.image_unet) if is_peer(student_file) else read_student(student_file)
+    bench, measured_by = new_bench(args, stack, student.info, device)
 
     about = {
-        "clips a row": args.clips,
-        "prompts": "held-out combinations of the caption grammar, the same prompts and seeds in every row",
+        "clips a row": len(bench.prompts),
         "teacher": f"DDIM, trailing spacing, guidance {args.guidance:g}",
         "student": f"{student_file.name}, sha256 {content_hash(student_file)[:12]}",
-        "feature net": f"sha256 {content_hash(features)[:12]}",
+        **measured_by,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device.type}",
         "torch": torch.__version__,
     }
-    # Rows belong to what they were measured with: another student, net or number of clips starts a folder of its own.
-    key = content_hash(student_file)[:8] + content_hash(features)[:8]
-    folder = args.out / f"{key}-{args.clips}-{args.guidance:g}"
+    # Rows belong to what they were measured with: another student, teacher, network or number of clips starts a folder of its own.
+    of = [weights_hash(stack.teacher), args.guidance, measured_by, str(args.real), bench.shape]
+    key = content_hash(student_file)[:8] + hashlib.sha256(json.dumps(of).encode()).hexdigest()[:8]
+    folder = args.out / f"{key}-{len(bench.prompts)}"
     table = Table(bench, folder)
     table.add("real clips (VAE)", bench.floor_clips)
-    for method in teacher_methods(stack, args.guidance) + student_methods(stack, student_file):
+    for method in teacher_methods(stack, args.guidance) + student_methods(stack, student):
         table.add_method(method)
     if args.ablations:
         for name, options in ABLATIONS.items():
             table.add_runs(f"{name}, short", [ablation(stack, name, options, seed, args.out) for seed in range(args.seeds)])
     table.write(about, args.readme)
     logger.info("Figures: %s", folder / "report.md")
+
+
+def new_bench(
+    args: argparse.Namespace, stack: Stack, student: StudentInfo, device: torch.device
+) -> tuple[Bench | VideoBench, dict[str, str]]:
+    """Who measures the rows, and that in words. The errors of the files that it is made of."""
+    if args.real is None:
+        net = feature_net(stack)
+        words = {
+            "prompts": "held-out combinations of the caption grammar, the same prompts and seeds in every row",
+            "feature net": f"sha256 {content_hash(stack.folder / 'feature_net.safetensors')[:12]}",
+        }
+        return Bench(stack, net, args.clips), words
+    networks = load_networks(args, device)
+    if not networks.described:
+        raise BackboneError("Expected a network to measure by, found none; name one with --i3d, --videomae or --clip.")
+    real = ClipFolder(args.real, student.frames, student.height, student.width)
+    words = {"prompts": f"captions of {args.real.name}, {student.frames} frames of {student.width}x{student.height}"}
+    return VideoBench(stack, networks, real, args.clips), words | networks.described
 
 
 def teacher_methods(stack: Stack, guidance: float) -> list[Method]:
@@ -108,11 +145,13 @@ def teacher_methods(stack: Stack, guidance: float) -> list[Method]:
     ]
 
 
-def student_methods(stack: Stack, file: Path, steps: Sequence[int] = (1, 2, 4, 8), name: str = "student") -> list[Method]:
-    student = read_student(file)
-    unet = student_unet(student, stack.image_unet).to(next(stack.image_unet.parameters()).device)
-    predict = video_predictor(unet)
-    return [student_method(f"{name} {steps_in_words(n)}", predict, student_timesteps(student.info.timesteps, n)) for n in steps]
+def student_methods(stack: Stack, student: Student, steps: Sequence[int] = (1, 2, 4, 8), name: str = "student") -> list[Method]:
+    info, device = student.info, next(stack.image_unet.parameters()).device
+    predict = video_predictor(student_unet(student, stack.image_unet).to(device))
+    return [
+        student_method(f"{name} {steps_in_words(n)}", predict, student_timesteps(info.timesteps, n, info.chain), info.chain)
+        for n in steps
+    ]
 
 
 def ablation(stack: Stack, name: str, options: list[str], seed: int, out: Path) -> Method:
@@ -127,7 +166,7 @@ def ablation(stack: Stack, name: str, options: list[str], seed: int, out: Path) 
     if not file.exists():
         with RunFolder(folder) as run:
             distil(config, run, report=False)
-    return student_methods(stack, file, [len(config.student.steps)], f"{name}, seed {seed},")[0]
+    return student_methods(stack, read_student(file), [len(config.student.steps)], f"{name}, seed {seed},")[0]
 
 
 def branch(source: Path, folder: Path, config: DistillConfig) -> None:
@@ -144,7 +183,7 @@ def branch(source: Path, folder: Path, config: DistillConfig) -> None:
 class Table:
     """Rows, each measured once and kept in `folder`."""
 
-    def __init__(self, bench: Bench, folder: Path):
+    def __init__(self, bench: Bench | VideoBench, folder: Path):
         self.bench, self.folder = bench, folder
         self.rows: dict[str, dict[str, Figure]] = {}
         self.costs: dict[str, dict] = {}
@@ -179,7 +218,7 @@ class Table:
         contact_sheet(self.shown, captions, self.folder / "clips.png")
         animated(self.shown, self.folder / "clips.webp", captions=captions)
         plotted = {name: {key: row[key] for key in PLOTTED if key in row} for name, row in self.rows.items()}
-        plot_table(plotted, self.folder / "plot.png", better=BETTER)
+        plot_table(plotted, self.folder / "plot.png", better=BETTER | PUBLIC_BETTER)
         if readme is not None:
             text = readme.read_text()
             head, _, rest = text.partition(_BEGIN)
@@ -206,5 +245,5 @@ if __name__ == "__main__":
     console.set_up()
     try:
         main()
-    except (*EXPECTED_ERRORS, FileNotFoundError) as error:
+    except (*EXPECTED_ERRORS, BackboneError, FileFormatError, FileNotFoundError) as error:
         sys.exit(str(error))

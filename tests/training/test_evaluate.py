@@ -1,12 +1,26 @@
+import dataclasses
 import json
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from avdm2_nodes.diffusion.student_file import StudentInfo, unet_config, weights_hash, write_student
+from avdm2_nodes.diffusion.samplers import sample_student
+from avdm2_nodes.diffusion.student_file import (
+    StudentInfo,
+    read_student,
+    student_unet,
+    unet_config,
+    weights_hash,
+    write_student,
+)
+from avdm2_nodes.diffusion.unets import video_predictor
 from training import evaluate
 from training.config import load_config
+from training.data import write_clips
 from training.distill import distil
+from training.evaluation.backbones import BackboneError, load_clip
 from training.evaluation.rows import Bench, Method
 from training.run_folder import RunFolder
 
@@ -66,6 +80,42 @@ def test_the_table_has_every_row_and_its_pictures_and_goes_into_a_readme(run, tm
     assert all((folder / name).stat().st_size > 0 for name in ("report.md", "clips.png", "clips.webp", "plot.png"))
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| student 4 steps |" in text
+
+
+def test_real_videos_and_public_networks_measure_where_there_is_no_oracle(run, networks, tmp_path):
+    rng = np.random.default_rng(0)
+    clips = rng.integers(0, 256, (9, 8, 64, 64, 3), dtype=np.uint8)
+    write_clips(tmp_path / "real", ((clip, f"a red circle {i}") for i, clip in enumerate(clips)), 8)
+    folder = run("--real", str(tmp_path / "real"), "--i3d", str(networks / "i3d.pt"), "--clip", str(networks / "clip"))
+    report = json.loads((folder / "report.json").read_text())
+    assert report["clips a row"] == 6 and "captions of real" in report["prompts"] and "sha256" in report["i3d"]
+    for name in ("real clips (VAE)", "teacher 25 steps, guided", "student 4 steps"):
+        assert {"FVD", "CLIPScore"} <= report["rows"][name].keys() and "accuracy" not in report["rows"][name]
+
+    score = load_clip(networks / "clip")
+    shown = load_file(folder / "rows" / "student-4-steps.safetensors")
+    alone = score(shown["shown"][1], "a red circle 1")
+    assert shown["CLIPScore"][1].item() == pytest.approx(alone, rel=1e-4)
+
+
+def test_real_videos_without_a_network_are_refused(run, tmp_path):
+    with pytest.raises(BackboneError, match="--i3d, --videomae or --clip"):
+        run("--real", str(tmp_path))
+
+
+def test_a_student_is_sampled_by_its_own_chain(stack, student_file, tmp_path):
+    student = read_student(student_file)
+    euler = dataclasses.replace(student, info=dataclasses.replace(student.info, chain="euler"))
+    noise, text = torch.randn(1, 4, 8, 8, 8), stack.encode_text(["a red circle"])
+    clips = []
+    for one in (student, euler):
+        method = evaluate.student_methods(stack, one, [2])[0]
+        with torch.no_grad():
+            clips.append(method.sample(noise, text, [torch.Generator().manual_seed(0)]))
+    predict = video_predictor(student_unet(euler, stack.image_unet))
+    with torch.no_grad():
+        expected = sample_student(predict, noise, text, (999, 499), [torch.Generator()], chain="euler")
+    assert torch.allclose(clips[1], expected) and not torch.allclose(clips[0], clips[1])
 
 
 def test_rows_that_were_measured_are_not_sampled_again(run, monkeypatch):

@@ -10,7 +10,10 @@ Protocols, for clips (N, F, H, W, 3) uint8 that `training.data.ClipFolder` has r
   its clip's caption, averaged over all frames and clips.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,9 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer, VideoMAEModel
 
 from training.data import cover
+from training.evaluation.feature_net import content_hash
+from training.evaluation.measure import Figure, spread
+from training.evaluation.metrics import bootstrap_interval, frechet_distance
 
 Clips = Callable[[int], Tensor]  # the number of a clip -> (F, H, W, 3) uint8
 Extractor = Callable[[Tensor], Tensor]  # (N, F, H, W, 3) uint8 -> features (N, D) float32
@@ -83,6 +89,54 @@ def load_clip(folder: Path, device: torch.device | str = "cpu") -> Callable[[Ten
         return 100 * (out.image_embeds @ out.text_embeds.T).mean().item()
 
     return score
+
+
+@dataclass
+class Networks:
+    """The networks that a measurement has, and what they measure on captioned clips."""
+
+    distances: dict[str, Extractor]  # by the name of the distance on their features
+    score: Callable[[Tensor, str], float] | None
+    described: dict[str, str]  # their files and hashes: figures of two of them are never the same figure
+
+    def measure(self, read: Clips, captions: Sequence[str], count: int) -> dict[str, np.ndarray]:
+        """Features (count, D) of the first `count` clips for every distance, and the CLIPScore (N,) of each of all."""
+        row = {name: features_of(net, read, count, name) for name, net in self.distances.items()}
+        return row | ({"CLIPScore": clip_scores(self.score, read, captions, "CLIPScore")} if self.score else {})
+
+    def figures(self, row: dict[str, np.ndarray], real: dict[str, np.ndarray], seed: int = 0) -> dict[str, Figure]:
+        """The figures of a measured row against measured real clips, with 95% intervals as in `measure.figures`."""
+        rng = np.random.default_rng(seed)
+        figures = {name: spread(partial(frechet_distance, real[name]), row[name], rng) for name in self.distances}
+        if self.score:
+            scores = row["CLIPScore"]
+            figures["CLIPScore"] = (float(scores.mean()), *bootstrap_interval(np.mean, [scores], 500, rng))
+        return figures
+
+
+_DISTANCES = {"i3d": ("FVD", load_i3d), "videomae": ("VideoMAE distance", load_videomae)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that name the networks and the real clips."""
+    parser.add_argument("--real", type=Path, metavar="FOLDER", help="real clips, for the distances")
+    parser.add_argument("--i3d", type=Path, metavar="FILE", help="i3d_torchscript.pt, for FVD")
+    parser.add_argument("--videomae", type=Path, metavar="FOLDER", help="a VideoMAE in transformers' layout")
+    parser.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIP in transformers' layout, for CLIPScore")
+
+
+def load_networks(args: argparse.Namespace, device: torch.device | str = "cpu") -> Networks:
+    """The networks that a command line names. BackboneError for one that is not there or not what it should be."""
+    paths = {key: path for key in (*_DISTANCES, "clip") if (path := getattr(args, key))}
+    distances = {name: load(paths[key], device) for key, (name, load) in _DISTANCES.items() if key in paths}
+    score = load_clip(args.clip, device) if args.clip else None
+    return Networks(distances, score, {key: _described(path) for key, path in paths.items()})
+
+
+def _described(path: Path) -> str:
+    """A network's name and the hash of its weights."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    return f"{path.name} (sha256 {', '.join(content_hash(file)[:12] for file in files)})"
 
 
 def features_of(extractor: Extractor, read: Clips, count: int, name: str, batch: int = 8) -> np.ndarray:

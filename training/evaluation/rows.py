@@ -3,6 +3,7 @@
 All rows show the same held-out prompts; whoever samples starts from the same noise.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from avdm2_nodes.diffusion.samplers import draw_noise, sample_student, sample_teacher
+from avdm2_nodes.diffusion.samplers import Chain, draw_noise, sample_student, sample_teacher
 from avdm2_nodes.diffusion.stack import Stack
 from avdm2_nodes.diffusion.unets import Predictor
 from training.checkpoint import write_atomically
+from training.data import ClipFolder
+from training.evaluation.backbones import Networks
 from training.evaluation.feature_net import VideoFeatures
 from training.evaluation.measure import Figure, figures, measure
 from training.miniature import world
@@ -27,7 +30,7 @@ from training.randomness import sample_generators
 # (noise (B, C, F, h, w), text (B, L, D), one generator a sample) -> clips in model space
 Sampler = Callable[[Tensor, Tensor, list[torch.Generator]], Tensor]
 
-_BATCH = 32  # clips
+_PLACES = 2**14  # of latents (frames x height x width) that are sampled at once
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,11 @@ def steps_in_words(count: int) -> str:
     return f"{count} step{'' if count == 1 else 's'}"
 
 
-def student_method(name: str, student: Predictor, timesteps: Sequence[int]) -> Method:
-    return Method(
-        name, lambda noise, text, generators: sample_student(student, noise, text, timesteps, generators), len(timesteps)
-    )
+def student_method(name: str, student: Predictor, timesteps: Sequence[int], chain: Chain = "renoise") -> Method:
+    def sample(noise: Tensor, text: Tensor, generators) -> Tensor:
+        return sample_student(student, noise, text, timesteps, generators, chain=chain)
+
+    return Method(name, sample, len(timesteps))
 
 
 def teacher_method(name: str, teacher: Predictor, stack: Stack, steps: int, guidance: float) -> Method:
@@ -67,6 +71,7 @@ class Gallery:
     ):
         self.stack, self.prompts, self.seed, self.precision = stack, list(prompts), seed, precision
         self.shape = (stack.vae.config.latent_channels, frames, height // stack.pixels, width // stack.pixels)
+        self.batch = max(1, _PLACES // math.prod(self.shape[1:]))  # clips
         self.device = next(stack.text_encoder.parameters()).device  # the UNets that sample are the roles' own
 
     @torch.no_grad()
@@ -74,8 +79,8 @@ class Gallery:
         """(clips (N, F, H, W, 3) uint8, seconds a clip without decoding) of the first `count` prompts, by default all."""
         count = min(count or len(self.prompts), len(self.prompts))
         seconds, latents = 0.0, []
-        for start in tqdm(range(0, count, _BATCH), method.name, leave=False, mininterval=2):
-            samples = range(start, min(start + _BATCH, count))
+        for start in tqdm(range(0, count, self.batch), method.name, leave=False, mininterval=2):
+            samples = range(start, min(start + self.batch, count))
             generators = sample_generators(samples, self.seed, "evaluation")
             noise = draw_noise((len(samples), *self.shape), generators, self.device)
             with autocast(self.device, self.precision):
@@ -111,7 +116,7 @@ class Bench(Gallery):
 
     def floor_clips(self) -> np.ndarray:
         """Other real clips than the reference's, through the VAE: as near as anything sampled could come."""
-        parts = torch.from_numpy(self.real_clips(draw=1)).split(_BATCH)
+        parts = torch.from_numpy(self.real_clips(draw=1)).split(self.batch)
         with autocast(self.device, self.precision):
             return np.concatenate([self._decode(self.stack.encode_clips(part)) for part in parts])
 
@@ -120,6 +125,32 @@ class Bench(Gallery):
 
     def figures(self, row: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, Figure]:
         return figures(row, reference, self.prompts, self.seed)
+
+
+class VideoBench(Gallery):
+    """A gallery of the captions of real videos, whose clips public networks compare with those videos.
+
+    The first `clips` videos give the prompts and the reference; as many others, where the folder has them, the floor.
+    """
+
+    def __init__(self, stack: Stack, networks: Networks, real: ClipFolder, clips: int, seed: int = 0, precision: str = "auto"):
+        self.networks, self.real = networks, real
+        super().__init__(stack, real.captions[:clips], real.frames, real.height, real.width, seed, precision)
+
+    def reference(self) -> dict[str, np.ndarray]:
+        return self.networks.measure(self.real.read, self.prompts, len(self.prompts))
+
+    def floor_clips(self) -> np.ndarray:
+        """Real clips through the VAE: others than the reference's as far as there are."""
+        numbers = range(len(self.real))[-len(self.prompts) :]
+        with autocast(self.device, self.precision):
+            return np.concatenate([self._decode(self.stack.encode_clips(self.real.read(i)[None])) for i in numbers])
+
+    def measure(self, clips: np.ndarray) -> dict[str, np.ndarray]:
+        return self.networks.measure(lambda i: torch.from_numpy(clips[i]), self.prompts, len(clips))
+
+    def figures(self, row: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, Figure]:
+        return self.networks.figures(row, reference, self.seed)
 
 
 def kept(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
