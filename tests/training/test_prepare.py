@@ -1,5 +1,6 @@
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -218,6 +219,35 @@ def test_the_teachers_clips_go_on_where_they_were(settings, prompts, tmp_path, m
 # ---- killed at any moment ----
 
 
+def alive(pid):
+    """Whether a process runs; one that has ended and waits to be asked how has no command line any more."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def test_a_command_that_was_killed_thrice_ends_as_one_that_was_not(settings, prepared, tmp_path):
+    out, config, rng, kills = tmp_path / "cache", settings(), random.Random(0), 0
+    for shards in (0, 1, 3):
+        process = multiprocessing.get_context("fork").Process(target=run, args=(out, config, "--workers", "2"))
+        process.start()
+        while process.is_alive() and not (is_cache(out) and len(list(out.glob("shard-*"))) >= shards):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() if process.is_alive() else []
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        end = time.monotonic() + 60
+        while any(map(alive, workers)):  # they end with the command
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    assert kills >= 1
+    run(out, config, "--workers", "2")
+    assert contents(out) == contents(prepared) and not list(out.glob(".*.tmp"))
+
+
 def start(out, config, cwd):
     """The command, as a process from another folder, with nothing of ours installed or on the path."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -225,57 +255,23 @@ def start(out, config, cwd):
     return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def kill_when(process, condition):
-    """Kills the process as soon as the condition holds, or finds it done."""
-    while not condition() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-
-def processes_of(out):
-    """Command lines of running processes that name the folder."""
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has just ended
-            lines.append(path.read_bytes())
-    return [line for line in lines if os.fsencode(out) in line]
-
-
-def finish(out, config, cwd):
-    process = start(out, config, cwd)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-
-
-def test_a_command_that_was_killed_twice_ends_as_one_that_was_not(settings, prepared, tmp_path):
-    out, config = tmp_path / "cache", settings()
-    for moment in (lambda: is_cache(out), lambda: (out / "shard-000002.safetensors").exists()):
-        process = start(out, config, tmp_path)
-        kill_when(process, moment)
-        assert process.returncode == -signal.SIGKILL
-        assert not json.loads((out / "cache.json").read_text())["complete"]
-    end = time.monotonic() + 60
-    while processes_of(out):  # the workers end with the command that was killed
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    finish(out, config, tmp_path)
-    assert contents(out) == contents(prepared) and not list(out.glob(".*.tmp"))
-
-
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(settings, prepared, tmp_path):
-    out, config, rng = tmp_path / "cache", settings(), random.Random(0)
+    out, config, rng, kills = tmp_path / "cache", settings(), random.Random(0), 0
     began = time.monotonic()
-    finish(tmp_path / "timed", config, tmp_path)
+    assert start(tmp_path / "timed", config, tmp_path).wait() == 0
     seconds = time.monotonic() - began
-    for _ in range(20):
-        end = time.monotonic() + rng.uniform(0, seconds)
-        kill_when(start(out, config, tmp_path), lambda end=end: time.monotonic() > end)
-        if out.exists() and is_cache(out) and json.loads((out / "cache.json").read_text())["complete"]:
+    while kills < 20:
+        process = start(out, config, tmp_path)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0, seconds))
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
             assert contents(out) == contents(prepared)
             shutil.rmtree(out)
-    finish(out, config, tmp_path)
+    assert start(out, config, tmp_path).wait() == 0
     assert contents(out) == contents(prepared)
 
 
