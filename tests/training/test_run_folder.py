@@ -136,8 +136,8 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
         folder.write_stats(1, {})
         folder.write_stats(2, {})
     with RunFolder(tmp_path) as folder, pytest.raises(RunFolderError) as caught:
-        folder.start(from_yaml("run: {seed: 2, updates: 7}\nadm: {lr: 1.0e-3}"), update=1)
-    assert "run.seed 2, was 1; adm.lr 0.001, was 0.0001;" in str(caught.value) and "updates" not in str(caught.value)
+        folder.start(from_yaml("run: {seed: 2, updates: 7}\nadm: {lr: 2.0e-3}"), update=1)
+    assert "run.seed 2, was 1; adm.lr 0.002, was 0.001;" in str(caught.value) and "updates" not in str(caught.value)
     assert len(stats(tmp_path)) == 2 and (tmp_path / "config.yaml").read_text() == to_yaml(CONFIG)
 
 
