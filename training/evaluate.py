@@ -156,17 +156,23 @@ def student_methods(stack: Stack, student: Student, steps: Sequence[int] = (1, 2
 
 def ablation(stack: Stack, name: str, options: list[str], seed: int, out: Path) -> Method:
     """The short recipe with `options`, trained here unless that was done before; its first updates are those of the warm-up only."""
+    config, file = short_run(stack, name, options, seed, out)
+    return student_methods(stack, read_student(file), [len(config.student.steps)], f"{name}, seed {seed},")[0]
+
+
+def short_run(stack: Stack, name: str, options: list[str], seed: int, out: Path) -> tuple[DistillConfig, Path]:
+    """(settings, student's file) of an ablation's training, which goes on from the first one's."""
     folder = out / "ablations" / f"{name.lower().replace(' ', '-')}-{seed}"
     config = load_config(["--run.folder", str(folder), "--run.seed", str(seed), "--model.teacher", str(stack.folder), *options])
     first = next(iter(ABLATIONS))
     if name != first and not folder.exists():
-        ablation(stack, first, ABLATIONS[first], seed, out)
-        branch(out / "ablations" / f"{first.lower().replace(' ', '-')}-{seed}", folder, config)
+        _, shared = short_run(stack, first, ABLATIONS[first], seed, out)
+        branch(shared.parent, folder, config)
     file = folder / "student.safetensors"
     if not file.exists():
         with RunFolder(folder) as run:
             distil(config, run, report=False)
-    return student_methods(stack, read_student(file), [len(config.student.steps)], f"{name}, seed {seed},")[0]
+    return config, file
 
 
 def branch(source: Path, folder: Path, config: DistillConfig) -> None:
