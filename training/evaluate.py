@@ -50,16 +50,8 @@ from training.sample import between, scale
 
 logger = logging.getLogger("evaluate")
 
-# The short recipe (the main job's settings) with one of its parts left out or replaced, everything else the same. The first is what
-# the others share, and go on from.
-ABLATIONS = {
-    "warm-up only": ["--run.updates", "0"],
-    "warm-up alone for as long": ["--run.updates", "0", "--warmup.updates", "130"],
-    "SDM only": ["--adm.weight", "0"],
-    "ADM only": ["--sdm.weight", "0"],
-    "AVDM2": [],
-}
 PLOTTED = ("accuracy", "Fréchet distance", "KID", "motion error", "coverage", "diversity", *PUBLIC_BETTER)
+SHARED = "warm-up only", ["--run.updates", "0"]  # the run that all ablations begin as, and go on from
 SHOWN = 4  # prompts in the pictures
 _BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
 
@@ -109,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     for method in teacher_methods(stack, args.guidance) + student_methods(stack, student):
         table.add_method(method)
     if args.ablations:
-        for name, options in ABLATIONS.items():
+        for name, options in ablations(load_config([])).items():
             table.add_runs(f"{name}, short", [ablation(stack, name, options, seed, args.out) for seed in range(args.seeds)])
     table.write(about, args.readme)
     logger.info("Figures: %s", folder / "report.md")
@@ -154,19 +146,29 @@ def student_methods(stack: Stack, student: Student, steps: Sequence[int] = (1, 2
     ]
 
 
+def ablations(recipe: DistillConfig) -> dict[str, list[str]]:
+    """The options of the rows: a recipe with one of its parts left out or replaced, everything else the same."""
+    as_long = recipe.warmup.updates + recipe.run.updates
+    return dict([SHARED]) | {
+        "warm-up alone for as long": ["--run.updates", "0", "--warmup.updates", str(as_long)],
+        "SDM only": ["--adm.weight", "0"],
+        "ADM only": ["--sdm.weight", "0"],
+        "AVDM2": [],
+    }
+
+
 def ablation(stack: Stack, name: str, options: list[str], seed: int, out: Path) -> Method:
-    """The short recipe with `options`, trained here unless that was done before; its first updates are those of the warm-up only."""
+    """The short recipe with `options`, trained here unless that was done before; its first updates are those of `SHARED`."""
     config, file = short_run(stack, name, options, seed, out)
     return student_methods(stack, read_student(file), [len(config.student.steps)], f"{name}, seed {seed},")[0]
 
 
 def short_run(stack: Stack, name: str, options: list[str], seed: int, out: Path) -> tuple[DistillConfig, Path]:
-    """(settings, student's file) of an ablation's training, which goes on from the first one's."""
+    """(settings, student's file) of an ablation's training."""
     folder = out / "ablations" / f"{name.lower().replace(' ', '-')}-{seed}"
     config = load_config(["--run.folder", str(folder), "--run.seed", str(seed), "--model.teacher", str(stack.folder), *options])
-    first = next(iter(ABLATIONS))
-    if name != first and not folder.exists():
-        _, shared = short_run(stack, first, ABLATIONS[first], seed, out)
+    if name != SHARED[0] and not folder.exists():
+        _, shared = short_run(stack, *SHARED, seed, out)
         branch(shared.parent, folder, config)
     file = folder / "student.safetensors"
     if not file.exists():

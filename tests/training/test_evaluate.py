@@ -142,7 +142,7 @@ def test_a_row_of_several_seeds_is_their_mean_and_range(stack, tmp_path):
 def test_a_row_that_goes_on_from_the_shared_warm_up_is_what_its_own_run_would_be(stack, tmp_path, monkeypatch):
     options = ["--warmup.updates", "2", "--run.updates", "1", "--run.batch", "4", "--data.render", "8"]
     options += ["--data.folder", str(tmp_path / "data")]
-    monkeypatch.setattr(evaluate, "ABLATIONS", {"warm-up only": [*options, "--run.updates", "0"]})
+    monkeypatch.setattr(evaluate, "SHARED", ("warm-up only", [*options, "--run.updates", "0"]))
     evaluate.ablation(stack, "ADM only", [*options, "--sdm.weight", "0"], 3, tmp_path)
     shared, warm = (tmp_path / "ablations" / name for name in ("adm-only-3", "warm-up-only-3"))
     assert [json.loads(line)["update"] for line in (shared / "stats.jsonl").read_text().splitlines()] == [3]
