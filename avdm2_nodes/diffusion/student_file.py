@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .samplers import Chain
 from .schedules import TRAIN_TIMESTEPS, lcm_timesteps, trailing_timesteps
+from .unets import without_waste
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
@@ -265,7 +266,7 @@ def student_unet(student: Student, image_unet: UNet2DConditionModel | None = Non
     weights = student.tensors
     if info.holds != "all":
         weights = _merged(dict(image_unet.named_parameters()), weights, info)
-    unet = UNetMotionModel(**info.unet_config)
+    unet = without_waste(UNetMotionModel(**info.unet_config))
     unet.load_state_dict(unet.state_dict() | weights)
     return unet.eval().requires_grad_(False)
 

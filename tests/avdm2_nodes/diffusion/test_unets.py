@@ -1,5 +1,7 @@
 import pytest
 import torch
+from diffusers import UNetMotionModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from avdm2_nodes.diffusion.unets import (
     encoder_features,
@@ -38,6 +40,38 @@ def test_motion_matters_here(stack, inputs):
     x, t, text = inputs
     predict = video_predictor(stack.teacher)
     assert (predict(x, t, text) - predict(x.flip(2), t, text).flip(2)).abs().max() > 1e-2
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that run, with the rows of their first matrix."""
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.seen.append((name, args[1 if name == "addmm" else 0].shape[0] if "mm" in name else None))
+        return function(*args, **kwargs or {})
+
+
+def test_nothing_is_multiplied_that_need_not_be(stack, inputs):
+    """Against diffusers' own way: the same prediction, no weight copied place by place, no text read again for each frame."""
+    x, t, text = (part[:1] for part in inputs)
+    theirs = UNetMotionModel.from_unet2d(stack.image_unet, stack.motion).requires_grad_(False)
+    with Operations() as plain:
+        expected = theirs(x, t, text.repeat_interleave(5, 0), return_dict=False)[0]
+    with Operations() as ours:
+        eps = video_predictor(stack.teacher)(x, t, text)
+    torch.testing.assert_close(eps, expected, rtol=1e-5, atol=1e-5)
+    names = [name for name, _ in plain.seen], [name for name, _ in ours.seen]
+    modules = sum("motion_modules" in name and name.endswith("proj_in.weight") for name, _ in theirs.named_parameters())
+    assert names[0].count("bmm") == modules and "bmm" not in names[1]
+    layers = sum(name.endswith("attn2.to_k.weight") and "motion" not in name for name, _ in theirs.named_parameters())
+    tokens = text.shape[0] * text.shape[1]
+    assert [rows for _, rows in plain.seen].count(5 * tokens) == 2 * layers
+    assert [rows for _, rows in ours.seen].count(tokens) >= 2 * layers
+    assert 5 * tokens not in [rows for _, rows in ours.seen]
 
 
 def test_each_sample_reads_its_own_text_and_time(stack, inputs):
