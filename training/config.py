@@ -56,6 +56,9 @@ class RunConfig(Section):
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto", description="of the arithmetic; auto is bf16 autocast on CUDA and on CPUs with bf16 instructions, else float32"
     )
+    attached: bool = Field(
+        False, exclude=True, description="stop, with a checkpoint, when standard input ends: for programs that start this one"
+    )
 
 
 class DataConfig(Section):

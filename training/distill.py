@@ -40,6 +40,7 @@ from training.evaluation.rows import Bench, Gallery, steps_in_words, student_met
 from training.latents import LatentClips, open_clips
 from training.loop import Distillation, DivergedError, train
 from training.miniature import world
+from training.parent import Stop, StoppedError, never, watch
 from training.precision import DeviceError, pick_device
 from training.roles import Roles, build_roles
 from training.run_folder import RunFolder, RunFolderError
@@ -50,18 +51,20 @@ logger = logging.getLogger("distill")
 SHOWN = 5  # clips a row of the pictures
 
 EXPECTED_ERRORS = (  # told in their own words
-    CheckpointError, ConfigError, DataError, DeviceError, DivergedError, RunFolderError, StackError, StudentFileError, VideoError
+    CheckpointError, ConfigError, DataError, DeviceError, DivergedError, RunFolderError, StackError, StoppedError, StudentFileError,
+    VideoError,
 )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv)
+    stop = watch() if config.run.attached else never
     with RunFolder(config.run.folder) as run:
-        distil(config, run)
+        distil(config, run, stop=stop)
 
 
-def distil(config: DistillConfig, run: RunFolder, report: bool = True) -> Path:
-    """The whole job in an open run folder; returns the student's file."""
+def distil(config: DistillConfig, run: RunFolder, report: bool = True, stop: Stop = never) -> Path:
+    """The whole job in an open run folder; returns the student's file. `stop` ends its training early, as `train` does."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     device = pick_device(config.run.device)
@@ -91,7 +94,7 @@ def distil(config: DistillConfig, run: RunFolder, report: bool = True) -> Path:
             for name, value in figures.items():
                 board.add_scalar(name, value, step)
 
-        train(distillation, data, run, log, show)
+        train(distillation, data, run, log, show, stop)
 
     path = export(config, run, stack, roles, score_unet)
     logger.info("The student is %s.", path)

@@ -28,6 +28,7 @@ from training.losses import (
     scale_gradient,
     sdm_loss,
 )
+from training.parent import Stop, StoppedError, never
 from training.precision import autocast
 from training.randomness import chain_steps, draw_frames, draw_timesteps, sample_generators
 from training.roles import Roles
@@ -319,11 +320,13 @@ def train(
     run: RunFolder,
     log: Callable[[int, dict], None],
     show: Callable[[int], None],
+    stop: Stop = never,
 ) -> int:
     """Trains until the configured number of student updates; returns the steps done, critic warm-up included.
 
     Goes on from the newest checkpoint in the run folder. `log` takes each step's figures, `show` is called every `sample_every`
-    steps with the averaged weights in the student. After it returns the averaged weights are in the student.
+    steps with the averaged weights in the student. After it returns the averaged weights are in the student. StoppedError, with a
+    checkpoint, after the first step at whose end `stop` says so.
     """
     config = distillation.config
     checkpoints = Checkpoints(run.path / "checkpoints", config.run.keep)
@@ -342,6 +345,7 @@ def train(
     if found:
         distillation.load_state_dict(state)
     began = time.monotonic() - seconds
+    stop()  # from now on it is asked, and no update is broken off
     with tqdm(total=total, initial=start, desc="distilling", unit="update") as bar:
         for step in range(start, total):
             figures = distillation.update(step, data)
@@ -358,8 +362,11 @@ def train(
             bar.set_postfix(
                 {k: f"{figures[k]:.3f}" for k in ("guidance", "sdm", "adm", "fake", "critic") if k in figures} | skipped
             )
-            if done % config.run.save_every == 0 or done == total:
+            stopping = done < total and stop()
+            if done % config.run.save_every == 0 or done == total or stopping:
                 checkpoints.save(done, distillation.state_dict() | {"seconds": time.monotonic() - began})
+            if stopping:
+                raise StoppedError(f"Stopped after update {done} of {total}; the same command goes on from there.")
             if done % config.run.sample_every == 0 and done < total:
                 distillation.ema.swap()
                 show(done)

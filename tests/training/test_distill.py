@@ -51,11 +51,12 @@ def settings(work, stack_folder, make_config):
     return write
 
 
-def start(config, cwd, *arguments):
+def start(config, cwd, *arguments, stdin=None):
     """The command, as a process from another folder, with nothing of ours installed or on the path."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, str(SCRIPT), "--config", str(config), *arguments]
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdin=stdin, text=True, **out)
 
 
 @pytest.fixture(scope="session")
@@ -188,6 +189,21 @@ def test_a_run_that_was_killed_thrice_ends_bitwise_as_one_that_was_not(finished,
     assert process.returncode == 0, output
     assert_same_student(folder, finished)
     assert not list(checkpoints.glob(".*.tmp"))
+
+
+def test_a_run_whose_input_ends_stops_with_a_checkpoint_and_goes_on_bitwise(finished, settings, work):
+    config, folder = settings("stopped", run={"save_every": 100}), work / "stopped"
+    process = start(config, work, "--run.attached", "true", stdin=subprocess.PIPE)
+    while len(stats(folder)) < 1:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    output, _ = process.communicate()  # closes its input
+    done = len(stats(folder))
+    assert process.returncode == 1 and f"Stopped after update {done} of 4; the same command goes on from there." in output
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{done:08d}.safetensors"]
+    assert "attached" not in (folder / "config.yaml").read_text()
+    output, _ = start(config, work).communicate()
+    assert_same_student(folder, finished)
 
 
 @pytest.mark.slow
