@@ -200,6 +200,10 @@ def _unpickled(path: Path, device: str) -> "dict[str, Tensor]":
 
     with path.open("rb") as file:
         head = file.read(4)
+    others = (
+        torch.serialization.get_safe_globals()
+    )  # ComfyUI's among them, whose names for the same things are functions that run
+    torch.serialization.clear_safe_globals()
     try:
         with torch.serialization.safe_globals(_shells()):
             saved = torch.load(path, map_location=device, weights_only=True, mmap=head == b"PK\x03\x04")
@@ -214,6 +218,8 @@ def _unpickled(path: Path, device: str) -> "dict[str, Tensor]":
         ) from error
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to
         raise _damaged(path, error) from error
+    finally:
+        torch.serialization.add_safe_globals(others)
     if not isinstance(saved, Mapping):
         raise FileFormatError(f"Expected tensors by name at {path}, found a {type(saved).__name__}; choose another file.")
     if isinstance(saved.get("state_dict"), Mapping):
