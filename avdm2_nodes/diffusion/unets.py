@@ -29,7 +29,11 @@ def zero_motion(motion: MotionAdapter) -> MotionAdapter:
 def video_unet(image_unet: UNet2DConditionModel, motion: MotionAdapter) -> UNetMotionModel:
     """A video UNet of its own (weights copied) from an image UNet and a motion adapter; ValueError where they do not match."""
     require_matching_motion(image_unet, motion)
-    return without_waste(UNetMotionModel.from_unet2d(image_unet, motion))
+    with torch.device("meta"):  # its weights come below: none is drawn at random first
+        unet = UNetMotionModel.from_unet2d(image_unet, motion, load_weights=False)
+    weights = image_unet.state_dict() | motion.state_dict()
+    unet.load_state_dict({name: w.to(image_unet.dtype, copy=True) for name, w in weights.items()}, assign=True)
+    return without_waste(unet)
 
 
 def require_matching_motion(image_unet: UNet2DConditionModel, motion: MotionAdapter) -> None:

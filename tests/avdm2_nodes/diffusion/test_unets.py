@@ -27,6 +27,18 @@ def no_grad():
         yield
 
 
+def test_a_video_unet_is_diffusers_own(stack):
+    """With weights that are nobody else's, all in the image UNet's dtype."""
+    unet = video_unet(stack.image_unet.half(), stack.motion)
+    reference = UNetMotionModel.from_unet2d(stack.image_unet, stack.motion)
+    assert unet.config == reference.config and unet.state_dict().keys() == reference.state_dict().keys()
+    lent = {w.data_ptr() for part in (stack.image_unet, stack.motion) for w in part.state_dict().values()}
+    for name, weight in reference.state_dict().items():
+        mine = unet.state_dict()[name]
+        assert mine.dtype == weight.dtype == torch.float16 and torch.equal(mine, weight) and mine.data_ptr() not in lent
+    assert all(parameter.requires_grad for parameter in unet.parameters())
+
+
 def test_with_zeroed_motion_the_video_unet_is_the_image_unet_frame_by_frame(stack, inputs):
     x, t, text = inputs
     eps = video_predictor(video_unet(stack.image_unet, zero_motion(stack.motion)))(x, t, text)
