@@ -17,12 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from avdm2_nodes.diffusion.peers import is_peer, load_peer
-from avdm2_nodes.diffusion.precision import sampling_dtype
+from avdm2_nodes.diffusion.precision import decoding_dtype, sampling_dtype
 from avdm2_nodes.diffusion.recognise import FileFormatError
 from avdm2_nodes.diffusion.samplers import Callback, Chain, Generators, draw_noise, sample_student, sample_teacher
 from avdm2_nodes.diffusion.schedules import TRAIN_TIMESTEPS
 from avdm2_nodes.diffusion.stack import Stack, StackError, load_stack
 from avdm2_nodes.diffusion.student_file import StudentFileError, read_student, student_timesteps, student_unet
+from avdm2_nodes.diffusion.taesd_file import load_taesd_file
 from avdm2_nodes.diffusion.unets import video_predictor
 from avdm2_nodes.diffusion.windows import ANIMATEDIFF_FRAMES, windowed
 from training import console
@@ -42,19 +43,26 @@ class SampleError(ValueError):
     """A clip that cannot be sampled; the message is one sentence."""
 
 
-def student_sampler(unet: UNetMotionModel, timesteps: Sequence[int], window: int, chain: Chain = "renoise") -> Sampler:
-    """The student's own chain over `timesteps`, longer clips in windows of `window` frames."""
-    predict = windowed(video_predictor(unet), window)
+def student_sampler(
+    unet: UNetMotionModel, timesteps: Sequence[int], window: int, chain: Chain = "renoise", backend: str | None = None
+) -> Sampler:
+    """The student's own chain over `timesteps`, longer clips in windows of `window` frames; `backend` is `video_predictor`'s."""
+    predict = windowed(video_predictor(unet, backend), window)
     return lambda noise, text, generators, callback=None: sample_student(
         predict, noise, text, timesteps, generators, callback, chain=chain
     )
 
 
 def teacher_sampler(
-    unet: UNetMotionModel, empty_text: Tensor, steps: int, guidance: float, window: int = ANIMATEDIFF_FRAMES
+    unet: UNetMotionModel,
+    empty_text: Tensor,
+    steps: int,
+    guidance: float,
+    window: int = ANIMATEDIFF_FRAMES,
+    backend: str | None = None,
 ) -> Sampler:
     """The teacher's guided steps, trailing, windows as the student's; all its randomness is the noise. empty_text (1, L, D)."""
-    predict = windowed(video_predictor(unet), window)
+    predict = windowed(video_predictor(unet, backend), window)
     return lambda noise, text, generators, callback=None: sample_teacher(
         predict, noise, text, empty_text, steps, guidance, callback=callback
     )
@@ -112,13 +120,17 @@ def sample(args: argparse.Namespace) -> None:
         timesteps = student_timesteps(info.timesteps, args.steps or len(info.timesteps), info.chain)
         steps = len(timesteps)
     frames, height, width = args.frames or window, args.height or height, args.width or width
-    torch.nn.Module.to(unet, device, sampling_dtype(device))  # diffusers' own `to` warns of parts that this UNet does not have
-    for module in (stack.text_encoder, stack.vae):
-        module.to(device)
+    if args.taesd:
+        stack.vae = load_taesd_file(args.taesd)
+    # diffusers' own `to` warns of parts that these networks do not have
+    torch.nn.Module.to(unet, device, sampling_dtype(device))
+    torch.nn.Module.to(stack.vae, device, decoding_dtype(device))
+    stack.text_encoder.to(device)
+    backend = "inductor" if args.compile else None
     sampler = (
-        teacher_sampler(unet, stack.encode_text([""]), steps, guidance, window)
+        teacher_sampler(unet, stack.encode_text([""]), steps, guidance, window, backend)
         if args.teacher
-        else student_sampler(unet, timesteps, window, info.chain)
+        else student_sampler(unet, timesteps, window, info.chain, backend)
     )
     with tqdm(total=steps * len(outs), unit="step", desc="teacher" if args.teacher else "student") as bar:
         for prompt, out in zip(args.prompt, outs, strict=True):
@@ -184,6 +196,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fps", type=between(1, 240), default=8, help="frames a second of the video (default: 8)")
     parser.add_argument("--height", type=between(8, 8192), help="pixels (default: the model's)")
     parser.add_argument("--width", type=between(8, 8192), help="pixels (default: the model's)")
+    taesd_help = "decode by TAESD's decoder (taesd_decoder.safetensors): fast, with less detail; of SD1.5 and its students"
+    parser.add_argument("--taesd", type=Path, metavar="FILE", help=taesd_help)
+    compile_help = "compile the UNet first: takes minutes, once for all prompts; needs a C++ compiler, or Triton on a GPU"
+    parser.add_argument("--compile", action="store_true", help=compile_help)
     args = parser.parse_args(argv)
     if args.guidance is not None and not args.teacher:
         parser.error("--guidance is the teacher's: a student is sampled without; leave it out or add --teacher")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .samplers import Refine
+from .samplers import Refine, to_device
 from .schedules import IMAGE, classifier_free_guidance
 from .unets import Predictor
 
@@ -48,7 +48,7 @@ def pulled(
 
     def refine(x0: Tensor, step: int) -> Tensor:
         frames = x0[0].transpose(0, 1)
-        noise = torch.randn(1, *frames.shape[1:], generator=generator).to(x0.device)
+        noise = to_device(torch.randn(1, *frames.shape[1:], generator=generator), x0.device)
         both = [predict_frames(model, frames, noise, t, text, empty_text, guidance) for model in (style, source)]
         return style_pull(frames, *both, strength).transpose(0, 1)[None]
 

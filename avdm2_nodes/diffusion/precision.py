@@ -18,3 +18,11 @@ def sampling_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.bfloat16 if has_bf16(device) else torch.float32
     return torch.float16
+
+
+def decoding_dtype(device: torch.device) -> torch.dtype:
+    """What a VAE's weights are cast to for decoding: bfloat16 where it has instructions of its own, else float32.
+
+    As ComfyUI chooses on a GPU. The VAE of SD1.5 has activations that float16 does not always hold.
+    """
+    return torch.bfloat16 if has_bf16(device) else torch.float32

@@ -25,17 +25,24 @@ def draw_noise(
     of the batch comes from the i-th alone. `index` (F) says which frames of a longer clip these are: each gets that frame's noise.
     """
     if not isinstance(generator, torch.Generator):
-        return torch.cat([draw_noise((1, *shape[1:]), g, device, index) for g in generator])
+        return to_device(torch.cat([draw_noise((1, *shape[1:]), g, index=index) for g in generator]), device)
     if len(shape) == 4:
-        return torch.randn(*shape, generator=generator).to(device)
+        return to_device(torch.randn(*shape, generator=generator), device)
     batch, channels, frames, height, width = shape
     drawn = torch.randn(batch, max(index) + 1 if index else frames, channels, height, width, generator=generator)
-    return (drawn[:, list(index)] if index else drawn).transpose(1, 2).contiguous().to(device)
+    return to_device((drawn[:, list(index)] if index else drawn).transpose(1, 2).contiguous(), device)
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on a device; the CPU does not wait until a GPU has done what it was given before."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def predict_x0(student: Predictor, x_t: Tensor, t: Tensor | int, text: Tensor) -> Tensor:
     """x0 of one student step, (B, C, F, h, w) float32; t of shape () or (B,)."""
-    t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
+    t = torch.full((len(x_t),), t, device=x_t.device) if isinstance(t, int) else t.to(x_t.device).expand(len(x_t))
     return VIDEO.x0_from_eps(x_t, student(x_t, t, text), t)
 
 

@@ -6,7 +6,7 @@ a model of the other is a silent error, so every function here is handed its sch
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Schedule:
 
     def alpha_sigma(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t for t of shape () or (B,), shaped to multiply `like` (B, ...), in at least float32."""
-        abar = self.alphas_cumprod.to(like.device)[torch.as_tensor(t, device=like.device)]
+        abar = _on_device(self, like.device)[t if isinstance(t, int) else t.to(like.device)]
         abar = abar.reshape(abar.shape + (1,) * (like.ndim - abar.ndim))
         dtype = torch.promote_types(like.dtype, torch.float32)
         return abar.sqrt().to(dtype), (1 - abar).sqrt().to(dtype)
@@ -64,6 +64,12 @@ class Schedule:
         """eps = (x_t - alpha_t x0) / sigma_t."""
         alpha, sigma = self.alpha_sigma(t, x_t)
         return (x_t - alpha * x0) / sigma
+
+
+@cache
+def _on_device(schedule: Schedule, device: torch.device) -> Tensor:
+    """alphas_cumprod where it is read, copied there once: a copy from the CPU makes it wait for the GPU."""
+    return schedule.alphas_cumprod.to(device)
 
 
 VIDEO = Schedule("linear")

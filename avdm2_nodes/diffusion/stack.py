@@ -59,34 +59,50 @@ class Stack:
         )
         return self.text_encoder(tokens.input_ids.to(device)).last_hidden_state
 
-    def encode_clips(self, frames: Tensor, batch: int = 32) -> Tensor:
+    def encode_clips(self, frames: Tensor) -> Tensor:
         """As the function `encode_clips`, with this stack's VAE."""
-        return encode_clips(self.vae, frames, batch)
+        return encode_clips(self.vae, frames)
 
-    def decode_clips(self, clips: Tensor, batch: int = 32) -> Tensor:
+    def decode_clips(self, clips: Tensor) -> Tensor:
         """As the function `decode_clips`, with this stack's VAE."""
-        return decode_clips(self.vae, clips, batch)
+        return decode_clips(self.vae, clips)
+
+
+VAE_ROOM = 2 * 2**30  # bytes that the activations of frames may take which go through a VAE together
+_VAE_FRAMES = 32  # at once at most: beyond, nothing is gained
+
+
+def frames_at_once(vae, height: int, width: int, room: int = VAE_ROOM) -> int:
+    """How many frames of height x width pixels go through a VAE together within `room` bytes of activations, 1 at least.
+
+    Its largest are those of full size: three live at once, as wide as the wider of the two outermost blocks.
+    """
+    weight = next(vae.parameters())
+    frame = 3 * max(vae.config.block_out_channels[:2]) * height * width * weight.element_size()
+    return max(1, min(_VAE_FRAMES, room // frame))
 
 
 @torch.no_grad()
-def encode_clips(vae, frames: Tensor, batch: int = 32) -> Tensor:
-    """(B, F, H, W, 3) uint8 -> clips in model space (B, C, F, h, w) float32, `batch` frames at a time."""
-    device = next(vae.parameters()).device
+def encode_clips(vae, frames: Tensor, batch: int | None = None) -> Tensor:
+    """(B, F, H, W, 3) uint8 -> clips in model space (B, C, F, h, w) float32, `batch` frames at a time (else `frames_at_once`)."""
+    weight = next(vae.parameters())
     parts = []
-    for images in frames.flatten(0, 1).split(batch):
-        encoded = vae.encode(images.permute(0, 3, 1, 2).to(device).float() / 127.5 - 1)
+    for images in frames.flatten(0, 1).split(batch or frames_at_once(vae, *frames.shape[2:4])):
+        encoded = vae.encode((images.permute(0, 3, 1, 2).to(weight.device).float() / 127.5 - 1).to(weight.dtype))
         parts.append((encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()).float())
     return torch.cat(parts).mul(vae.config.scaling_factor).unflatten(0, frames.shape[:2]).transpose(1, 2)
 
 
 @torch.no_grad()
-def decode_clips(vae, clips: Tensor, batch: int = 32) -> Tensor:
-    """Clips in model space (B, C, F, h, w) -> (B, F, H, W, 3) uint8 on the CPU, `batch` frames at a time."""
-    device = next(vae.parameters()).device
+def decode_clips(vae, clips: Tensor, batch: int | None = None) -> Tensor:
+    """Clips in model space (B, C, F, h, w) -> (B, F, H, W, 3) uint8 on the CPU, `batch` frames at a time (else `frames_at_once`)."""
+    weight, factor = next(vae.parameters()), 2 ** (len(vae.config.block_out_channels) - 1)
     latents = clips.transpose(1, 2).flatten(0, 1) / vae.config.scaling_factor
-    parts = [vae.decode(part.to(device)).sample.float() for part in latents.split(batch)]
-    pixels = torch.cat(parts).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-    return pixels.permute(0, 2, 3, 1).unflatten(0, (clips.shape[0], clips.shape[2]))
+    parts = []
+    for part in latents.split(batch or frames_at_once(vae, factor * clips.shape[3], factor * clips.shape[4])):
+        pixels = vae.decode(part.to(weight.device, weight.dtype)).sample.float()
+        parts.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+    return torch.cat(parts).permute(0, 2, 3, 1).unflatten(0, (clips.shape[0], clips.shape[2]))
 
 
 def load_stack(path: Path, motion: Path | None = None, with_motion: bool = True, tokenizer: Path | None = None) -> Stack:

@@ -72,11 +72,20 @@ def _contiguous(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, di
     return tuple(x.contiguous() for x in args), {name: x.contiguous() for name, x in kwargs.items()}
 
 
-def video_predictor(unet: UNetMotionModel) -> Predictor:
-    """eps(x_t (B, C, F, h, w), t, text (B, L, D)) by a video UNet `without_waste`; every frame reads the same text."""
+def video_predictor(unet: UNetMotionModel, backend: str | Callable | None = None) -> Predictor:
+    """eps(x_t (B, C, F, h, w), t, text (B, L, D)) by a video UNet `without_waste`; every frame reads the same text.
+
+    With a `backend` of torch.compile it is compiled at its first evaluation, once for all prompts, seeds and numbers of frames from
+    two; another batch or size is compiled anew.
+    """
+    network = unet if backend is None else torch.compile(unet, backend=backend)
 
     def eps(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return unet(x_t.to(unet.dtype), t, text.to(unet.dtype), return_dict=False)[0].float()
+        x_t, text = x_t.to(unet.dtype), text.to(unet.dtype)
+        if backend is not None:
+            torch._dynamo.maybe_mark_dynamic(x_t, 2)
+            torch._dynamo.maybe_mark_dynamic(text, 1)
+        return network(x_t, t, text, return_dict=False)[0].float()
 
     return eps
 

@@ -21,9 +21,9 @@ def window_starts(frames: int, length: int, overlap: int) -> list[int]:
     return [round(i * (frames - length) / (count - 1)) for i in range(count)]
 
 
-def window_weights(length: int, overlap: int) -> Tensor:
+def window_weights(length: int, overlap: int, device: torch.device | None = None) -> Tensor:
     """(length,) weights of a window's frames: 1 inside, falling linearly over `overlap` frames to both sides, never 0."""
-    ramp = torch.arange(1, length + 1, dtype=torch.float32) / (overlap + 1)
+    ramp = torch.arange(1, length + 1, dtype=torch.float32, device=device) / (overlap + 1)
     return torch.minimum(ramp, ramp.flip(0)).clamp(max=1)
 
 
@@ -34,13 +34,12 @@ def windowed(predict: Predictor, length: int, overlap: int | None = None) -> Pre
     The overlap is a quarter of the length unless given.
     """
     overlap = length // 4 if overlap is None else overlap
-    weights = window_weights(length, overlap)
 
     def eps(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
         frames = x_t.shape[2]
         if frames <= length:
             return predict(x_t, t, text)
-        weight = weights.to(x_t.device)[:, None, None]
+        weight = window_weights(length, overlap, x_t.device)[:, None, None]
         total = torch.zeros(x_t.shape, device=x_t.device)
         share = torch.zeros(frames, 1, 1, device=x_t.device)
         for start in window_starts(frames, length, overlap):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import MotionAdapter
+from diffusers import AutoencoderTiny, MotionAdapter
 from torch import nn
 
 from avdm2_nodes.diffusion.motion_file import to_original_keys
@@ -107,6 +107,20 @@ def test_an_error_is_one_sentence_from_another_folder(model, tmp_path):
 def test_teacher(command, tmp_path):
     assert command("--teacher", "--steps", "2", "--frames", "5", "--height", "16", "--width", "24", student=None) == 0
     assert read_video(tmp_path / "clip.mp4", 5).shape == (5, 16, 24, 3)
+
+
+def test_taesd_decodes_and_the_unet_may_be_compiled(command, tmp_path, monkeypatch):
+    taesd = AutoencoderTiny()
+    taesd.save_pretrained(tmp_path / "taesd")
+    weights = str(tmp_path / "taesd" / "diffusion_pytorch_model.safetensors")
+    assert command("--taesd", weights) == 0
+    frames = read_video(tmp_path / "clip.mp4", 3)
+    assert command() == 0
+    assert (read_video(tmp_path / "clip.mp4", 3) != frames).any()
+    backends = []
+    monkeypatch.setattr(torch, "compile", lambda unet, backend: backends.append(backend) or unet)
+    assert command("--compile") == command("--compile", "--teacher", "--steps", "1", student=None) == 0
+    assert backends == ["inductor", "inductor"]
 
 
 def test_teacher_size_is_the_image_unets(model):

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler, LCMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from avdm2_nodes.diffusion.samplers import (
     backward_simulation,
@@ -15,6 +16,7 @@ from avdm2_nodes.diffusion.samplers import (
 )
 from avdm2_nodes.diffusion.schedules import lcm_timesteps, trailing_timesteps
 from avdm2_nodes.diffusion.unets import video_predictor, video_unet
+from avdm2_nodes.diffusion.windows import windowed
 
 ABAR = DDPMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod.double()
 SHAPE = (3, 4, 5, 8, 8)
@@ -38,6 +40,34 @@ def toy(x_t, t, text):
     """A predictor that depends on everything it is given."""
     assert t.shape == (len(x_t),)
     return torch.tanh(x_t) * 0.5 + (t.float() / 1000).view(-1, 1, 1, 1, 1) + text.mean((1, 2)).view(-1, 1, 1, 1, 1)
+
+
+class Arrivals(TorchDispatchMode):
+    """How many tensors of the CPU are copied to another device."""
+
+    def __enter__(self):
+        self.count = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        came = [t for t in args if isinstance(t, torch.Tensor) and t.device.type == "cpu" and t.ndim]
+        self.count += isinstance(out, torch.Tensor) and out.device.type != "cpu" and len(came)
+        return out
+
+
+@pytest.mark.parametrize("frames", [5, 9])
+def test_between_steps_nothing_but_noise_goes_to_the_device_and_nothing_comes_back(frames):
+    """On a device that has shapes and no numbers: reading one there would fail."""
+    noise, text = torch.empty(1, 4, frames, 8, 8, device="meta"), torch.empty(1, 32, 32, device="meta")
+    predict = windowed(lambda x_t, t, text: x_t * t.view(-1, 1, 1, 1, 1) + text.mean(), 5)
+    for steps in (4, 4):  # the first run takes the schedule there
+        with Arrivals() as arrivals:
+            sample_student(predict, noise, text, trailing_timesteps(steps), torch.Generator())
+    assert arrivals.count == steps - 1
+    with Arrivals() as arrivals:
+        sample_teacher(predict, noise, text, text, 5, 3.0)
+    assert arrivals.count == 0
 
 
 # ---- the student ----

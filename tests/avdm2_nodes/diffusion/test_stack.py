@@ -1,11 +1,15 @@
 import shutil
+import weakref
 from importlib.util import find_spec
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
-from avdm2_nodes.diffusion.stack import StackError, load_image_unet, load_stack
+from avdm2_nodes.diffusion.stack import StackError, decode_clips, encode_clips, frames_at_once, load_image_unet, load_stack
 from tests.avdm2_nodes.diffusion.original_layouts import TINY, original_checkpoint, original_motion, values
 
 
@@ -32,9 +36,9 @@ def test_everything_is_frozen_float32_and_in_evaluation_mode(folder):
 
 def test_encoding_and_decoding_are_the_vaes_frame_by_frame(stack):
     frames = torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
-    clips = stack.encode_clips(frames, batch=4)
+    clips = encode_clips(stack.vae, frames, batch=4)
     assert clips.shape == (2, 4, 3, 8, 8) and clips.dtype == torch.float32
-    decoded = stack.decode_clips(clips, batch=4)
+    decoded = decode_clips(stack.vae, clips, batch=4)
     assert decoded.shape == frames.shape and decoded.dtype == torch.uint8
     with torch.no_grad():
         image = frames[1, 2].permute(2, 0, 1)[None] / 127.5 - 1
@@ -42,6 +46,61 @@ def test_encoding_and_decoding_are_the_vaes_frame_by_frame(stack):
         torch.testing.assert_close(clips[1, :, 2], 2.0 * latent[0], rtol=1e-4, atol=1e-5)  # 2 is its scaling factor
         back = (stack.vae.decode(clips[1:, :, 2] / 2.0).sample[0] + 1) * 127.5
     assert (decoded[1, 2].permute(2, 0, 1) - back.clamp(0, 255)).abs().max() < 0.51
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile held at once."""
+
+    def __enter__(self):
+        self.live, self.peak, self._known = 0, 0, set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return out
+
+    def _freed(self, storage, size):
+        self._known.discard(storage)
+        self.live -= size
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["SD1.5's", "TAESD"])
+def test_frames_go_through_a_vae_within_a_bound_of_memory(kind, dtype):
+    with torch.device("meta"):
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        widths = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+        vae = AutoencoderTiny() if kind == "TAESD" else AutoencoderKL(**blocks, **widths)
+    torch.nn.Module.to(vae, dtype)
+    room = 3 * 2**30
+    frames = frames_at_once(vae, 512, 448, room)
+    assert 1 < frames <= 32
+    for go, side in ((vae.decode, (4, 64, 56)), (vae.encode, (3, 512, 448))):
+        with Allocated() as allocated:
+            go(torch.empty(frames, *side, dtype=dtype, device="meta"))
+        assert allocated.peak < 1.05 * room
+        assert frames == 32 or go == vae.encode or allocated.peak > room / 2
+    assert frames_at_once(vae, 8192, 8192, room) == 1
+
+
+def test_a_vae_in_half_precision_gives_the_frames_to_a_grey_level_or_two(stack):
+    torch.manual_seed(0)
+    torch.nn.init.normal_(stack.vae.decoder.layers[-1].weight, std=0.2)  # so that frames are not all of one grey
+    clips = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact = stack.decode_clips(clips)
+    stack.vae.bfloat16()
+    half = stack.decode_clips(clips)
+    assert half.dtype == torch.uint8 and exact.float().std() > 10
+    assert (half.int() - exact.int()).abs().max() <= 3
+    assert stack.encode_clips(half).dtype == torch.float32
 
 
 def test_text_is_padded_cut_and_each_caption_apart(stack):
