@@ -1,5 +1,7 @@
 """Style transfer while sampling: a student's frames are pulled by the difference of two image models' scores."""
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,17 +41,29 @@ def pulled(
     generator: torch.Generator,
     t: int = PULL_TIMESTEP,
     guidance: float = PULL_GUIDANCE,
+    style_texts: Sequence[Tensor] | None = None,
+    pulls: int = 1,
+    steps: Collection[int] | None = None,
 ) -> Refine:
-    """A refinement for `sample_student`: after each step the clip (1, C, F, h, w) is pulled once, four evaluations a frame.
+    """A refinement for `sample_student`: after these steps of it (from 0; None: all) the clip (1, C, F, h, w) is pulled `pulls` times.
 
-    All frames get the same noise, so that what moves goes on moving; it comes from the pull's own generator, so that a strength
-    of 0 leaves the clip as it was.
+    A pull is four evaluations a frame, by style and source with and without the text, under the same guidance. `style_texts` are text
+    and empty text by the style's own encoder, where it has one. All frames get the same noise, so that what moves goes on moving; it
+    comes from the pull's own generator, so a strength of 0, which evaluates nothing, leaves the clip as it was.
     """
+    texts = (style_texts or (text, empty_text)), (text, empty_text)
 
     def refine(x0: Tensor, step: int) -> Tensor:
+        if strength == 0 or (steps is not None and step not in steps):
+            return x0
         frames = x0[0].transpose(0, 1)
-        noise = to_device(torch.randn(1, *frames.shape[1:], generator=generator), x0.device)
-        both = [predict_frames(model, frames, noise, t, text, empty_text, guidance) for model in (style, source)]
-        return style_pull(frames, *both, strength).transpose(0, 1)[None]
+        for _ in range(pulls):
+            noise = to_device(torch.randn(1, *frames.shape[1:], generator=generator), x0.device)
+            style_x0, source_x0 = (
+                predict_frames(model, frames, noise, t, *own, guidance)
+                for model, own in zip((style, source), texts, strict=True)
+            )
+            frames = style_pull(frames, style_x0, source_x0, strength)
+        return frames.transpose(0, 1)[None]
 
     return refine

@@ -35,7 +35,7 @@ SUFFIX = ".safetensors"
 
 _OURS, _MODELSPEC = "avdm2.", "modelspec."
 _IN_MODELSPEC = ("title", "date", "license")  # fields that ModelSpec has a key for
-_IN_JSON = ("timesteps", "unet_config")  # fields whose text is JSON
+_IN_JSON = ("timesteps", "unet_config", "styles")  # fields whose text is JSON
 _CONFIG_KEYS = frozenset(inspect.signature(UNetMotionModel.__init__).parameters) - {"self"}
 _MOTION = "motion_modules"
 ANY_BASE = "any"  # in place of a hash: the student runs on each base of its architecture
@@ -47,6 +47,16 @@ Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 class StudentFileError(ValueError):
     """A student file that cannot be read, written or used; the message is one sentence that names it."""
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class StyleUse:
+    """A style in a student's weights: another image model's, put in place of the base's or learnt, and how much of it."""
+
+    name: str
+    hash: Hash  # `weights_hash` of its image UNet
+    mode: Literal["transplant", "fine-tuned"]
+    strength: Annotated[float, Field(allow_inf_nan=False)]
 
 
 @validated_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -63,6 +73,7 @@ class StudentInfo:
     base_hash: Hash | Literal["any"]  # `weights_hash` of the base's image UNet, or ANY_BASE
     score_name: str | None = None  # the 2D backbone of score distribution matching (the style), if there was one
     score_hash: Hash | None = None
+    styles: tuple[StyleUse, ...] = ()  # in its weights, in the order in which they were added
     lora_rank: Positive | None = None
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     updates: Annotated[int, Field(ge=0)]  # of the student, until this file
@@ -87,8 +98,8 @@ class StudentInfo:
         return self
 
     def to_metadata(self) -> dict[str, str]:
-        """The metadata of a .safetensors; what is None is left out."""
-        said = {key: value for key, value in asdict(self).items() if value is not None}
+        """The metadata of a .safetensors; what is None or nothing is left out."""
+        said = {key: value for key, value in asdict(self).items() if value not in (None, ())}
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
         spec = {key: texts.pop(key) for key in _IN_MODELSPEC} | {
             "sai_model_spec": "1.0.0",
@@ -166,15 +177,19 @@ def unet_config(unet: UNetMotionModel) -> dict:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of a module's parameters: names, shapes and values rounded to float16, in the order of the names.
+    """`tensors_hash` of a module's parameters; position encodings and other buffers are derived and do not count."""
+    return tensors_hash(dict(module.named_parameters()))
 
-    The same for every container and for float32 and float16 saves of the same weights; position encodings and other buffers
-    are derived and do not count.
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors: names, shapes and values rounded to float16, in the order of the names.
+
+    The same for every container and for float32 and float16 saves of the same weights.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters(), key=lambda item: item[0]):
-        digest.update(f"{name} {list(parameter.shape)}\n".encode())
-        for chunk in parameter.detach().reshape(-1).split(2**22):
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[0]):
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        for chunk in tensor.detach().reshape(-1).split(2**22):
             digest.update(chunk.to(torch.float16).cpu().numpy().astype("<f2", copy=False))
     return digest.hexdigest()
 
@@ -273,7 +288,7 @@ def student_unet(student: Student, image_unet: UNet2DConditionModel | None = Non
 
 def positions(student: Student) -> dict[str, Tensor]:
     """The position encodings of the student's motion modules, by name: the file's, or diffusers' own where it has none."""
-    names = [key for key, _ in _on_meta(student.info, student.name).named_buffers()]
+    names = [key for key, _ in meta_unet(student.info, student.name).named_buffers()]
     missing = [key for key in names if key not in student.tensors]
     own = dict(UNetMotionModel(**student.info.unet_config).named_buffers()) if missing else {}
     return {key: student.tensors.get(key, own.get(key)) for key in names}
@@ -292,7 +307,7 @@ def _problem(error: ValidationError) -> str:
     return f"{key} {str(first['input'])[:80]!r} in its metadata ({words})" if key else words
 
 
-def _on_meta(info: StudentInfo, name: str | Path) -> UNetMotionModel:
+def meta_unet(info: StudentInfo, name: str | Path) -> UNetMotionModel:
     """The student's UNet without memory, for its names and shapes."""
     try:
         with torch.device("meta"):
@@ -304,7 +319,7 @@ def _on_meta(info: StudentInfo, name: str | Path) -> UNetMotionModel:
         ) from error
 
 
-def _lora_shapes(weights: Mapping[str, torch.Size], keys, rank: int) -> dict[str, tuple]:
+def lora_shapes(weights: Mapping[str, torch.Size], keys, rank: int) -> dict[str, tuple]:
     """Name and shape of both LoRA tensors of each layer with a weight matrix that a key speaks of."""
     shapes = {}
     for module in {key.rpartition(".lora_")[0] for key in keys}:
@@ -317,13 +332,13 @@ def _lora_shapes(weights: Mapping[str, torch.Size], keys, rank: int) -> dict[str
 
 def _check_tensors(info: StudentInfo, tensors: Mapping[str, Tensor], name: str | Path) -> None:
     """StudentFileError unless the tensors are those that `info` announces, in names and shapes."""
-    unet = _on_meta(info, name)
+    unet = meta_unet(info, name)
     parameters = {key: p.shape for key, p in unet.named_parameters()}
     buffers = {key: b.shape for key, b in unet.named_buffers()}
     expected = {key: shape for key, shape in parameters.items() if info.holds == "all" or _MOTION in key}
     if info.holds == "motion+lora":
         spatial = {key: shape for key, shape in parameters.items() if _MOTION not in key}
-        lora = _lora_shapes(spatial, tensors, info.lora_rank)
+        lora = lora_shapes(spatial, tensors, info.lora_rank)
         if not lora:
             raise StudentFileError(f"Expected LoRA tensors of spatial layers in {name}, found none; it holds motion alone.")
         expected |= lora
@@ -363,7 +378,7 @@ def _check_architecture(student: Student, image_unet: UNet2DConditionModel) -> N
                 f"Expected for {student.name} a base with {key} {mine}, found {base[key]}; "
                 f"it is of another architecture, load the base {student.info.base_name}."
             )
-    parameters = _on_meta(student.info, student.name).named_parameters()
+    parameters = meta_unet(student.info, student.name).named_parameters()
     mine = {key: p.shape for key, p in parameters if _MOTION not in key}
     theirs = {key: p.shape for key, p in image_unet.named_parameters()}
     different = [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)]

@@ -51,3 +51,44 @@ def test_the_same_model_twice_pulls_nothing_and_all_frames_share_the_noise():
     clip, text = torch.zeros(1, 4, 5, 2, 2), torch.zeros(1, 3, 8)
     assert torch.equal(pulled(score, score, text, text, 2.0, torch.Generator().manual_seed(0))(clip, 0), clip)
     assert all(torch.equal(x_t, x_t[:1].expand_as(x_t)) and x_t.std() > 0.1 for x_t in seen)
+
+
+def test_pulls_at_chosen_steps_count_and_nothing_else_is_evaluated():
+    evaluations = []
+
+    def score(mean):
+        def eps(x_t, t, text):
+            evaluations.append(len(x_t))
+            return gaussian_score(mean)(x_t, t, text)
+
+        return eps
+
+    clip, text = torch.randn(1, 4, 5, 2, 2), torch.zeros(1, 3, 8)
+
+    def refined(step, strength=0.5, **options):
+        evaluations.clear()
+        noise = torch.Generator().manual_seed(0)
+        return pulled(score(2.0), score(-1.0), text, text, strength, noise, t=500, **options)(clip, step)
+
+    pull = 0.5 * (1 - ABAR[500].float()) * 3.0
+    for pulls in (1, 3):
+        torch.testing.assert_close(refined(2, pulls=pulls, steps=(1, 2)), clip + pulls * pull, rtol=1e-3, atol=1e-3)
+        assert sum(evaluations) == 4 * 5 * pulls
+    for refining in ({"step": 0, "steps": (1, 2)}, {"step": 1, "strength": 0.0}):
+        assert torch.equal(refined(**refining), clip) and not evaluations
+
+
+def test_a_style_reads_its_own_texts_and_the_source_the_student_s():
+    read = {"style": [], "source": []}
+
+    def score(name):
+        def eps(x_t, t, text):
+            read[name].append(text[0])
+            return torch.zeros_like(x_t)
+
+        return eps
+
+    clip, noise = torch.zeros(1, 4, 2, 2, 2), torch.Generator().manual_seed(0)
+    texts = [torch.full((1, 3, 8), float(i)) for i in range(4)]
+    pulled(score("style"), score("source"), *texts[:2], 1.0, noise, style_texts=texts[2:])(clip, 0)
+    assert [int(text.max()) for text in read["style"]] == [3, 2] and [int(text.max()) for text in read["source"]] == [1, 0]

@@ -18,6 +18,7 @@ from avdm2_nodes.diffusion.student_file import (
     FORMAT_VERSION,
     StudentFileError,
     StudentInfo,
+    StyleUse,
     read_student,
     student_path,
     student_timesteps,
@@ -255,6 +256,16 @@ def test_safetensors_that_are_no_student(path):
     for metadata in (None, {"format": "pt"}):
         save_file({"a": torch.zeros(2)}, path, metadata)
         assert "another kind" in refusal(read_student, path)
+
+
+def test_styles_in_its_weights_are_on_record(whole, info, path):
+    """Without any, the file is as before there were styles."""
+    uses = tuple(StyleUse(name=f"style – {i}", hash=f"{i}" * 64, mode="transplant", strength=0.5 * i) for i in range(3))
+    styled = replace(info, styles=uses)
+    assert StudentInfo.from_metadata(styled.to_metadata(), path) == styled
+    assert "avdm2.styles" not in info.to_metadata()
+    said = json.dumps([{"name": "a", "hash": "0" * 64, "mode": "by magic", "strength": 1.0}])
+    assert "styles.0.mode 'by magic'" in refusal(read_student, edited(whole, styles=said))
 
 
 def test_newer_format(whole):

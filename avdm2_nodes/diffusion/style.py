@@ -1,0 +1,50 @@
+"""Styles in a student's weights: what is added to them, and how much of it.
+
+A transplant adds what another image model has otherwise than the student's base: base + strength (style - base) + what the student
+learnt. A style file adds what training found for it. Both are changes by the names of the weights, so they add up.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+
+class StyleError(ValueError):
+    """A style that does not fit; the message is one sentence."""
+
+
+def style_change(base: UNet2DConditionModel, style: UNet2DConditionModel) -> dict[str, Tensor]:
+    """style - base of each weight, float32 on the CPU, by its name in the image UNet, which is also its name in a video UNet.
+
+    StyleError for a style of another architecture.
+    """
+    ours, theirs = (dict(unet.named_parameters()) for unet in (base, style))
+    different = [name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name)]
+    if different:
+        raise StyleError(
+            f"Expected a style of the architecture that the student's base has, found {len(different)} layers unlike its own (such as "
+            f"{min(different)}); choose a model made from the same base."
+        )
+    with torch.no_grad():
+        return {name: theirs[name].float().cpu() - ours[name].float().cpu() for name in ours}
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return weights[name].shape if name in weights else None
+
+
+@torch.no_grad()
+def add_change(unet: nn.Module, change: Mapping[str, Tensor], strength: float) -> None:
+    """Adds strength times the change to a UNet's weights in place; at 0 they stay as they are, to the bit.
+
+    StyleError for a change of weights that the UNet does not have.
+    """
+    weights = dict(unet.named_parameters())
+    wrong = [name for name, tensor in change.items() if _shape(weights, name) != tensor.shape]
+    if wrong:
+        raise StyleError(f"Expected a style for this UNet, found {len(wrong)} weights unlike its own (such as {min(wrong)}).")
+    if strength != 0:
+        for name, tensor in change.items():
+            weights[name] += strength * tensor.to(weights[name])
