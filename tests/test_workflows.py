@@ -146,7 +146,7 @@ def test_the_sources_are_read():
 
 
 def test_each_task_is_there_for_the_miniature_and_for_sd15():
-    tasks = ("text_to_video", "teacher_and_student", "video_to_video", "style_transfer")
+    tasks = ["text_to_video", "teacher_and_student", "video_to_video", "style_transfer", "style_transplant"]
     assert {path.stem for path in WORKFLOWS} == {f"{models}_{task}" for models in ("miniature", "sd15") for task in tasks}
     assert list(MANIFEST) == sorted(path.stem for path in WORKFLOWS)
 

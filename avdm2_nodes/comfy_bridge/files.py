@@ -1,6 +1,7 @@
 """Model files as ComfyUI finds them, and the stack that comes with the pack."""
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import folder_paths
@@ -9,6 +10,7 @@ BUNDLED = Path(__file__).resolve().parents[2] / "miniature"
 BUNDLED_NAME = "miniature (bundled)"
 OWN_MOTION = "the checkpoint's own"
 STUDENTS, MOTION, LORAS, CHECKPOINTS, STACKS = "avdm2", "animatediff_models", "loras", "checkpoints", "diffusers"
+_STYLE_KEY = b'"avdm2.style_version"'  # in the metadata of a style file and of no other
 _PEER = re.compile(r"lightning|lcm|\d[-_ ]?step", re.IGNORECASE)  # in the name of a few-step motion module that others made
 
 
@@ -49,6 +51,33 @@ def style_folders() -> dict[str, Path]:
     return found
 
 
+def style_files() -> dict[str, Path]:
+    """Style files, which hold what training changed for a style, by the name that a person picks."""
+    found = {}
+    for name, stack in stack_folders().items():
+        for file in sorted(stack.glob("styles/*.safetensors")):
+            found[f"{file.stem} of {name}, fine-tuned"] = file
+    students = ((name, Path(folder_paths.get_full_path(STUDENTS, name))) for name in folder_paths.get_filename_list(STUDENTS))
+    return found | {name: path for name, path in students if is_style_file(path)}
+
+
+def is_style_file(path: Path) -> bool:
+    """True for a style file, by its metadata; False for all that cannot be read."""
+    try:
+        facts = path.stat()
+        return _says_style(str(path), facts.st_mtime_ns, facts.st_size)
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=4096)
+def _says_style(path: str, changed: int, size: int) -> bool:
+    """Whether the header of a .safetensors, its length first, says so; read once for each state of the file."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return 0 < length < size and _STYLE_KEY in file.read(min(length, 2**24))
+
+
 def checkpoint_choices() -> list[str]:
     return [*stack_folders(), *folder_paths.get_filename_list(CHECKPOINTS)]
 
@@ -58,13 +87,16 @@ def motion_choices() -> list[str]:
 
 
 def style_choices() -> list[str]:
-    return [*style_folders(), *folder_paths.get_filename_list(CHECKPOINTS)]
+    """What can be a style: image models, and style files."""
+    return list(dict.fromkeys([*style_folders(), *style_files(), *folder_paths.get_filename_list(CHECKPOINTS)]))
 
 
 def student_choices() -> list[str]:
     bundled = [BUNDLED_NAME] if (BUNDLED / "student.safetensors").is_file() else []
     peers = [name for name in folder_paths.get_filename_list(MOTION) if _PEER.search(Path(name).name)]
-    return list(dict.fromkeys([*bundled, *folder_paths.get_filename_list(STUDENTS), *peers]))
+    styles = style_files()
+    students = [name for name in folder_paths.get_filename_list(STUDENTS) if name not in styles]
+    return list(dict.fromkeys([*bundled, *students, *peers]))
 
 
 def student_file(name: str) -> Path:

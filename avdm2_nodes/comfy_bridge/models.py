@@ -1,7 +1,7 @@
 """What travels along the wires of our nodes: teachers, students and styles, and how they are loaded."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ..diffusion import student_file
-from ..diffusion.interchange import export_animatediff
 from ..diffusion.peers import is_peer, load_peer, lora_beside
 from ..diffusion.recognise import require
 from ..diffusion.stack import load_image_unet, load_motion, load_stack
@@ -37,6 +36,8 @@ class Teacher:
     empty_text: Tensor  # (1, L, D), the empty prompt's embedding
     frames: int  # of a context window
     image_unet: Callable[[], UNet2DConditionModel]  # loads the base once more, float32 on the CPU
+    path: Path | None  # of the checkpoint or the stack; None where a MODEL took its place
+    motion_path: Path
 
     @property
     def latent_format(self):
@@ -53,23 +54,34 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Style:
-    """An image model that guides a student's sampling, and the one that it is compared with."""
+class Guide:
+    """A style that guides a student's sampling: an image model, and the one that it is compared with."""
 
     name: str
     patcher: ModelPatcher
     source: ModelPatcher
     strength: float
+    pulls: int
+    texts: tuple[Tensor, Tensor] | None = None  # (1, L, D) prompt and empty prompt by its own text encoder; None: the student's
+
+
+@dataclass(frozen=True)
+class Change:
+    """A style that is in a student's weights."""
+
+    use: student_file.StyleUse
+    tensors: Callable[[], dict[str, Tensor]] = field(repr=False)  # what is added to its weights at strength 1, by their names
 
 
 @dataclass(frozen=True)
 class Student:
-    """AVDM2_STUDENT: a student file's weights as patches on its teacher's UNet."""
+    """AVDM2_STUDENT: a student file's weights, and those of styles, as patches on its teacher's UNet."""
 
     file: student_file.Student
     patcher: ModelPatcher
     teacher: Teacher
-    styles: tuple[Style, ...] = ()
+    guides: tuple[Guide, ...] = ()
+    changes: tuple[Change, ...] = ()
 
 
 def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None):
@@ -78,7 +90,8 @@ def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None
     One of the errors of the rooms below where something is missing or does not fit.
     """
     folder = files.stack_folders().get(checkpoint)
-    adapter = load_motion_choice(motion, folder)  # before the checkpoint: the smaller file fails faster
+    motion_path = motion_choice(motion, folder)
+    adapter = load_motion(motion_path)  # before the checkpoint: the smaller file fails faster
     if folder:
         stack = load_stack(folder, with_motion=False)
         clip, vae = StackCLIP(stack.tokenizer, stack.text_encoder), native.native_vae(stack.vae)
@@ -102,11 +115,13 @@ def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None
         empty_text=clip.encode_from_tokens_scheduled(clip.tokenize(""))[0][0].float().cpu(),
         frames=min(frames, adapter.config.motion_max_seq_length),
         image_unet=image_unet,
+        path=(folder or path) if model is None else None,
+        motion_path=motion_path,
     )
     return teacher, clip, vae
 
 
-def load_checkpoint(path: Path, model: bool = True, others: bool = True):
+def load_checkpoint(path: Path, model: bool = True, clip: bool = True, vae: bool = True):
     """ComfyUI's (MODEL, CLIP, VAE) of an SD1.5 checkpoint, None for what is not asked for.
 
     FileFormatError, before it is loaded, for any other file.
@@ -114,24 +129,24 @@ def load_checkpoint(path: Path, model: bool = True, others: bool = True):
     require(path, ("sd15",), "an SD1.5 checkpoint")
     embeddings = folder_paths.get_folder_paths("embeddings")
     return comfy.sd.load_checkpoint_guess_config(
-        str(path), output_vae=others, output_clip=others, embedding_directory=embeddings, output_model=model
+        str(path), output_vae=vae, output_clip=clip, embedding_directory=embeddings, output_model=model
     )[:3]
 
 
 def checkpoint_unet(path: Path) -> UNet2DConditionModel:
     """The image UNet of an SD1.5 checkpoint, float32 on the CPU. Errors as `load_checkpoint` and `native.image_unet_of`."""
-    return native.image_unet_of(load_checkpoint(path, others=False)[0], str(path))
+    return native.image_unet_of(load_checkpoint(path, clip=False, vae=False)[0], str(path))
 
 
-def load_motion_choice(name: str, folder: Path | None):
-    """The motion modules that a person picked, or those in the stack's own folder."""
+def motion_choice(name: str, folder: Path | None) -> Path:
+    """Where the motion modules lie that a person picked, or those in the stack's own folder."""
     if name != files.OWN_MOTION:
-        return load_motion(files.model_file(files.MOTION, name))
+        return files.model_file(files.MOTION, name)
     if folder is None:
         raise files.ModelFileError(
             "Expected a motion module for this checkpoint, found none chosen; choose one from models/animatediff_models."
         )
-    return load_motion(folder / "motion_adapter")
+    return folder / "motion_adapter"
 
 
 def load_student(name: str, teacher: Teacher) -> Student:
@@ -149,7 +164,8 @@ def load_student(name: str, teacher: Teacher) -> Student:
         unet = student_file.student_unet(read, teacher.image_unet())
         return Student(read, memory.unet_patcher(unet, teacher.latent_format), teacher)
     patcher = teacher.patcher.clone()
-    patcher.add_patches(_patches(read))
+    patches = weight_patches(read.tensors, read.info.lora_alpha)
+    patcher.add_patches({f"diffusion_model.{key}": patch for key, patch in patches.items()})
     dtype = patcher.model.get_dtype()
     for key, positions in student_file.positions(read).items():  # buffers, which weight patches do not reach
         patcher.add_object_patch(f"diffusion_model.{key}", positions.to(dtype))
@@ -162,69 +178,26 @@ def _same_motion(student: student_file.Student, teacher: Teacher) -> bool:
     return names == {name for name in student.tensors if "motion_modules." in name and not name.endswith(".pe")}
 
 
-def _patches(student: student_file.Student) -> dict:
-    """The student's weights in the words of ComfyUI's patches: LoRA where it is LoRA, else the weight itself."""
+def weight_patches(tensors: Mapping[str, Tensor], lora_alpha: float | None) -> dict:
+    """A file's weights, by the names of those they change, as ComfyUI's patches: LoRA where it is LoRA, else the weight itself."""
     patches = {}
-    for key, tensor in student.tensors.items():
+    for key, tensor in tensors.items():
         if key.endswith(".lora_A.weight"):
             module = key.removesuffix(".lora_A.weight")
-            up = student.tensors[f"{module}.lora_B.weight"]
-            weights = (up, tensor, student.info.lora_alpha, None, None, None)
-            patches[f"diffusion_model.{module}.weight"] = LoRAAdapter(set(), weights)
+            up = tensors[f"{module}.lora_B.weight"]
+            patches[f"{module}.weight"] = LoRAAdapter(set(), (up, tensor, lora_alpha, None, None, None))
         elif not key.endswith((".lora_B.weight", ".pe")):
-            patches[f"diffusion_model.{key}"] = ("set", (tensor,))
+            patches[key] = ("set", (tensor,))
     return patches
 
 
-def with_style(student: Student, checkpoint: str, model: ModelPatcher | None, strength: float) -> Student:
-    """The student, guided by one more image model while it is sampled."""
-    if model is not None:
-        name, unet = "the MODEL", native.image_unet_of(model)
-    elif folder := files.style_folders().get(checkpoint):
-        name, unet = checkpoint, load_image_unet(folder)
-    else:
-        path = files.model_file(files.CHECKPOINTS, checkpoint)
-        name, unet = checkpoint, checkpoint_unet(path)
-    require_same_family(unet, student.teacher)
-    source = student.styles[0].source if student.styles else _image_patcher(student.teacher.image_unet(), student.teacher)
-    style = Style(name, _image_patcher(unet, student.teacher), source, strength)
-    return replace(student, styles=(*student.styles, style))
-
-
-def require_same_family(unet: UNet2DConditionModel, teacher: Teacher) -> None:
-    mine, theirs = ({k: u.config[k] for k in ("in_channels", "cross_attention_dim")} for u in (unet, teacher.architecture))
-    if mine != theirs:
-        raise native.NativeModelError(
-            f"Expected a style of the student's family ({theirs}), found another ({mine}); choose a model made from the same base."
-        )
-
-
-def _image_patcher(unet: UNet2DConditionModel, teacher: Teacher) -> ModelPatcher:
-    return memory.unet_patcher(unet, teacher.latent_format)
-
-
 def loaded_predictors(
-    patcher: ModelPatcher, frames: int, shape, styles=()
+    patcher: ModelPatcher, frames: int, shape, guides=()
 ) -> tuple[Predictor, list[tuple[Predictor, Predictor]]]:
-    """Has the networks loaded; the video predictor, in windows of `frames`, and (style, source) predictors of each style."""
-    patchers = [patcher, *(p for style in styles for p in (style.patcher, style.source))]
-    unet, *images = memory.load(list(dict.fromkeys(patchers)), shape)
-    by_patcher = dict(zip(dict.fromkeys(patchers), [unet, *images], strict=True))
+    """Has the networks loaded; the video predictor, in windows of `frames`, and (style, source) predictors of each guide."""
+    patchers = list(dict.fromkeys([patcher, *(p for guide in guides for p in (guide.patcher, guide.source))]))
+    unet, *images = memory.load(patchers, shape)
+    by_patcher = dict(zip(patchers, [unet, *images], strict=True))
     video = windowed(interruptible(video_predictor(unet)), frames)
-    pairs = [tuple(interruptible(image_predictor(by_patcher[p])) for p in (style.patcher, style.source)) for style in styles]
+    pairs = [tuple(interruptible(image_predictor(by_patcher[p])) for p in (guide.patcher, guide.source)) for guide in guides]
     return video, pairs
-
-
-def export_student(student: Student, name: str) -> list[Path]:
-    """Writes a student where other packs find AnimateDiff's motion modules and LoRA; the paths. Errors as `export_animatediff`."""
-    return export_animatediff(student.file, files.saving_folder(files.MOTION), name, files.saving_folder(files.LORAS))
-
-
-def save_student(student: Student, name: str) -> Path:
-    """Writes a student below the folder of students; its path. StudentFileError for a name that leaves it or exists."""
-    path = student_file.student_path(files.saving_folder(files.STUDENTS), name)
-    if path.exists():
-        raise student_file.StudentFileError(f"Expected a new name, found {path.name} there already; choose another name.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    student_file.write_student(path, student.file.tensors, student.file.info)
-    return path

@@ -19,15 +19,16 @@ def student_latent(student: Student, positive: list, latent: dict, seed: int, st
     text = text_of(positive, teacher.text_width)
     generator, index = torch.Generator().manual_seed(seed), frame_index(latent)
     noise = draw_noise(clip.shape, generator, index=index)
-    own = student_timesteps(info.timesteps, steps or len(info.timesteps), info.chain)
-    timesteps, x_t = begin(own, noise, clip, denoise)
-    predict, pairs = loaded_predictors(student.patcher, info.frames, evaluation_shape(clip), student.styles)
+    all_timesteps = student_timesteps(info.timesteps, steps or len(info.timesteps), info.chain)
+    timesteps, x_t = begin(all_timesteps, noise, clip, denoise)
+    predict, pairs = loaded_predictors(student.patcher, info.frames, evaluation_shape(clip), student.guides)
     device = student.patcher.load_device
     text, empty = (t.to(device) for t in of_one_length(text, teacher.empty_text))
-    pulls = [
-        pulled(*pair, text, empty, style.strength, torch.Generator().manual_seed((seed + 1 + i) % 2**64))
-        for i, (style, pair) in enumerate(zip(student.styles, pairs, strict=True))
-    ]
+    pulls = []
+    for i, (guide, pair) in enumerate(zip(student.guides, pairs, strict=True)):
+        texts = [t.to(device) for t in of_one_length(*guide.texts)] if guide.texts else None
+        own = torch.Generator().manual_seed((seed + 1 + i) % 2**64)
+        pulls.append(pulled(*pair, text, empty, guide.strength, own, style_texts=texts, pulls=guide.pulls))
 
     def refine(x0, step):
         for pull in pulls:

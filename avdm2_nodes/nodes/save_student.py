@@ -20,7 +20,9 @@ class SaveStudent(io.ComfyNode):
             "a LoRA for other packs.",
             inputs=[
                 StudentWire.Input(
-                    "student", tooltip="The student to save. Styles that guide its sampling are not in the file."
+                    "student",
+                    tooltip="The student to save. Styles in its weights (transplant, style files) are merged into a whole student, named "
+                    "in the file with hash, mode and strength; one that guides the sampling fits no file and is refused.",
                 ),
                 io.String.Input(
                     "name",
@@ -42,8 +44,8 @@ class SaveStudent(io.ComfyNode):
 
     @classmethod
     def execute(cls, student, name, format=STUDENT_FILE) -> io.NodeOutput:
-        from ..comfy_bridge.models import export_student, save_student
         from ..comfy_bridge.progress import show_text
+        from ..comfy_bridge.saving import export_student, save_student
 
         paths = export_student(student, name) if format == ANIMATEDIFF_FILES else [save_student(student, name)]
         texts = [str(path) for path in paths]

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, UNetMotionModel
 from torch import nn
 
 from avdm2_nodes.diffusion.precision import sampling_dtype
@@ -27,6 +27,7 @@ from avdm2_nodes.diffusion.student_file import (
     weights_hash,
     write_student,
 )
+from avdm2_nodes.diffusion.style_file import StyleInfo, student_hash, write_style
 from training.sample import student_sampler, teacher_sampler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,6 +189,46 @@ def load_student(comfyui, model_folders, loaded):
 @pytest.fixture(scope="session")
 def student(load_student):
     return load_student("all")
+
+
+@pytest.fixture
+def styled(comfyui, student):
+    """styled((style, strength[, mode]), ..., student=...): a student with these styles one after the other."""
+
+    def add(*styles, student=student, **inputs):
+        for style, strength, *mode in styles:
+            more = {"mode": mode[0]} if mode else {}
+            (student,) = comfyui.run("AVDM2StyleTransfer", student=student, style=style, strength=strength, **more, **inputs)
+        return student
+
+    return add
+
+
+@pytest.fixture
+def write_style_file(model_folders):
+    """write_style_file(student's file, name): a style file for it in models/avdm2, of random LoRA; taken away again."""
+    written = []
+
+    def write(student, name):
+        generator = torch.Generator().manual_seed(len(name))
+        unet = UNetMotionModel(**student.info.unet_config)
+        tensors = {}
+        for key, p in unet.named_parameters():
+            if "motion_modules" not in key and "attn2.to_" in key and p.ndim == 2:
+                module = key.removesuffix(".weight")
+                tensors[f"{module}.lora_A.weight"] = torch.randn(2, p.shape[1], generator=generator)
+                tensors[f"{module}.lora_B.weight"] = torch.randn(p.shape[0], 2, generator=generator)
+        info = StyleInfo(
+            name=name, hash="0" * 64, student_name="tiny", student_hash=student_hash(student), lora_rank=2, lora_alpha=1.0,
+            updates=5, training_config="seed: 3", title=name, date="2026-01-31", license="Apache-2.0",
+        )  # fmt: skip
+        written.append(model_folders / "avdm2" / f"{name}.safetensors")
+        write_style(written[-1], tensors, info)
+        return written[-1]
+
+    yield write
+    for file in written:
+        file.unlink()
 
 
 # ---- what the command line makes of them ----

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from avdm2_nodes.diffusion.precision import sampling_dtype
-from avdm2_nodes.diffusion.student_file import read_student
+from avdm2_nodes.diffusion.stack import load_image_unet
+from avdm2_nodes.diffusion.student_file import read_student, weights_hash
 
 ANIMATEDIFF = "AnimateDiff files"
 
@@ -97,7 +98,46 @@ def test_a_name_that_is_taken_is_refused_and_its_file_untouched(student, saved, 
     assert file.read_bytes() == before
 
 
-def test_a_styled_students_file_is_without_the_style(comfyui, student, saved, students):
-    (styled,) = comfyui.run("AVDM2StyleTransfer", student=student, style="other of tiny", strength=1.0)
-    (path,) = saved(styled, "styled", "student file")
-    assert read_student(path).tensors.keys() == read_student(students["all"]).tensors.keys()
+@pytest.mark.parametrize("holds", ["all", "motion+lora"])
+def test_styles_in_the_weights_are_merged_into_the_file_and_named_there(
+    comfyui, loaded, load_student, saved, styled, write_style_file, node_stack_folder, holds
+):
+    file = write_style_file(load_student(holds).file, "learnt")
+    styles = (("other of tiny", 0.5, "transplant"), (file.name, 0.25))
+    student = styled(*styles, student=load_student(holds))
+    (path,) = saved(student, "styled")
+    info = read_student(path).info
+    assert info.holds == "all" and [(u.mode, u.strength) for u in info.styles] == [("transplant", 0.5), ("fine-tuned", 0.25)]
+    assert [u.name for u in info.styles] == ["other of tiny", "learnt"]
+    assert info.styles[0].hash == weights_hash(load_image_unet(node_stack_folder / "styles" / "other"))
+    (again,) = comfyui.run("AVDM2StudentLoader", student="styled.safetensors", teacher=loaded.teacher)
+    inputs = {"positive": comfyui.prompt(loaded.clip), "latent": comfyui.empty(2), "seed": 0, "steps": 1, "denoise": 1.0}
+    expected, found, plain = (
+        comfyui.run("AVDM2StudentSampler", student=s, **inputs)[0]["samples"] for s in (student, again, load_student(holds))
+    )
+    error, shift = ((other - expected).square().mean().sqrt() for other in (found, plain))
+    tolerance = 10 * torch.finfo(sampling_dtype(torch.device("cpu"))).eps
+    assert error < tolerance * expected.square().mean().sqrt() and shift > 5 * error
+    (twice,) = saved(styled(("other of tiny", 0.1, "transplant"), student=again), "twice")
+    assert len(read_student(twice).info.styles) == 3, "styles that were there already stay on the list"
+
+
+def test_a_style_that_guides_the_sampling_is_refused(comfyui, saved, styled, load_student):
+    before = set(comfyui.base.rglob("*"))
+    student = styled(("other of tiny", 1.0), student=load_student("motion+lora"))
+    for format in ("student file", ANIMATEDIFF):
+        with pytest.raises(ValueError, match=r"found other of tiny, which guides the sampling and which no file can hold; use"):
+            saved(student, "guided", format)
+    assert set(comfyui.base.rglob("*")) == before
+
+
+def test_animatediff_files_have_no_place_for_a_style(saved, styled, load_student):
+    student = styled(("other of tiny", 1.0, "transplant"), student=load_student("motion+lora"))
+    with pytest.raises(ValueError, match=r"found one with other of tiny in its weights, .*; save it as a student file"):
+        saved(student, "styled", ANIMATEDIFF)
+
+
+def test_at_strength_0_the_file_is_the_student_s(saved, styled, student, students):
+    (path,) = saved(styled(("other of tiny", 0.0, "transplant"), ("other of tiny", 0.0)), "none")
+    one, other = read_student(path), read_student(students["all"])
+    assert one.info == other.info and all(torch.equal(t, other.tensors[name]) for name, t in one.tensors.items())

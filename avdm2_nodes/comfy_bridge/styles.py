@@ -1,0 +1,97 @@
+"""Styles on a student: an image model that guides its sampling, or one in its weights, as patches on a clone of its patcher."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from comfy.model_patcher import ModelPatcher
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from ..diffusion.stack import load_image_unet
+from ..diffusion.student_file import StyleUse, weights_hash
+from ..diffusion.style import style_change
+from ..diffusion.style_file import lora_change, read_style, require_student
+from . import files, memory, native
+from .models import Change, Guide, Student, Teacher, checkpoint_unet, load_checkpoint, weight_patches
+from .text import text_of
+
+GUIDANCE, TRANSPLANT = "guidance", "transplant"
+
+
+def with_style(
+    student: Student,
+    style: str,
+    strength: float,
+    model: ModelPatcher | None = None,
+    mode: str = GUIDANCE,
+    prompt: list | None = None,
+    pulls: int = 1,
+) -> Student:
+    """The student with one more style; at strength 0 the student itself, once the style is known to fit.
+
+    A style file is put into its weights; an image model, by name or as a MODEL, guides its sampling or is transplanted. Errors of the
+    rooms below, sentences all.
+    """
+    if model is None and (path := files.style_files().get(style)):
+        return with_style_file(student, path, strength)
+    name, load = ("the MODEL", partial(native.image_unet_of, model)) if model is not None else (style, _loader(style))
+    unet = load()
+    require_same_family(unet, student.teacher)
+    if strength == 0:
+        return student
+    if mode == TRANSPLANT:
+        change = style_change(student.teacher.image_unet(), unet)
+        use = StyleUse(name=name, hash=weights_hash(unet), mode="transplant", strength=strength)
+        half = {key: t.half() for key, t in change.items() if t.any()}  # as student files have theirs, and half the memory
+        return _changed(student, Change(use, lambda: half), {key: ("diff", (t,)) for key, t in half.items()})
+    texts = (
+        None if prompt is None else (text_of(prompt, student.teacher.text_width, "prompt"), _empty_text(style, model, student))
+    )
+    source = student.guides[0].source if student.guides else _image_patcher(student.teacher.image_unet(), student.teacher)
+    guide = Guide(name, _image_patcher(unet, student.teacher), source, strength, pulls, texts)
+    return replace(student, guides=(*student.guides, guide))
+
+
+def with_style_file(student: Student, path: Path, strength: float) -> Student:
+    """The student with a style that was learnt for it. Errors as `read_style` and `require_student`."""
+    style = read_style(path)
+    require_student(style, student.file)
+    if strength == 0:
+        return student
+    use = StyleUse(name=style.info.name, hash=style.info.hash, mode="fine-tuned", strength=strength)
+    return _changed(student, Change(use, partial(lora_change, style)), weight_patches(style.tensors, style.info.lora_alpha))
+
+
+def _changed(student: Student, change: Change, patches: dict) -> Student:
+    patcher = student.patcher.clone()
+    patcher.add_patches({f"diffusion_model.{key}": patch for key, patch in patches.items()}, change.use.strength)
+    return replace(student, patcher=patcher, changes=(*student.changes, change))
+
+
+def _loader(style: str) -> Callable[[], UNet2DConditionModel]:
+    """Loads the image model that a person picked by name."""
+    folder = files.style_folders().get(style)
+    return partial(load_image_unet, folder) if folder else partial(checkpoint_unet, files.model_file(files.CHECKPOINTS, style))
+
+
+def _empty_text(style: str, model: ModelPatcher | None, student: Student) -> Tensor:
+    """The empty prompt (1, L, D) by the style's own text encoder, where a checkpoint has one; else by the student's."""
+    if model is not None or style in files.style_folders():
+        return student.teacher.empty_text
+    _, clip, _ = load_checkpoint(files.model_file(files.CHECKPOINTS, style), model=False, vae=False)
+    return clip.encode_from_tokens_scheduled(clip.tokenize(""))[0][0].float().cpu()
+
+
+def require_same_family(unet: UNet2DConditionModel, teacher: Teacher) -> None:
+    """NativeModelError for an image model of other latents or texts than the student's."""
+    mine, theirs = ({k: u.config[k] for k in ("in_channels", "cross_attention_dim")} for u in (unet, teacher.architecture))
+    if mine != theirs:
+        raise native.NativeModelError(
+            f"Expected a style of the student's family ({theirs}), found another ({mine}); choose a model made from the same base."
+        )
+
+
+def _image_patcher(unet: UNet2DConditionModel, teacher: Teacher) -> ModelPatcher:
+    return memory.unet_patcher(unet, teacher.latent_format)
