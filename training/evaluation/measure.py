@@ -28,7 +28,9 @@ Figure = tuple[float, float, float]  # value, lower and upper end of its 95% int
 
 # Which way a figure is better; those of neither way are shown without a verdict.
 BETTER = {
+    "style": "higher",
     "accuracy": "higher",
+    "frame accuracy": "higher",
     **dict.fromkeys(ATTRIBUTES, "higher"),
     "motion error": "lower",
     "jitter": "lower",
@@ -41,11 +43,17 @@ BETTER = {
 PUBLIC_BETTER = {"FVD": "lower", "VideoMAE distance": "lower", "CLIPScore": "higher"}  # of `backbones`
 
 
-def measure(frames: np.ndarray, contents: Sequence[Content], net: VideoFeatures) -> dict[str, np.ndarray]:
-    """What the figures need of clips (N, F, H, W, 3) uint8 of the given contents: one row a clip in every array."""
+def measure(
+    frames: np.ndarray, contents: Sequence[Content], net: VideoFeatures, style: str | None = None
+) -> dict[str, np.ndarray]:
+    """What the figures need of clips (N, F, H, W, 3) uint8 of the given contents: one row a clip in every array.
+
+    With a `style` also whether a clip is in it, stroke and palette.
+    """
     readings = [read_clip(clip) for clip in tqdm(frames, "reading", leave=False, mininterval=2)]
     verdicts = [judge(reading, content) for reading, content in zip(readings, contents, strict=True)]
-    return {
+    in_style = {} if style is None else {"style": np.array([reading.style == style for reading in readings])}
+    return in_style | {
         "verdicts": np.array([[verdict[name] for name in (*ATTRIBUTES, "all")] for verdict in verdicts]),
         "motion_error": np.array([motion_error(r, c) for r, c in zip(readings, contents, strict=True)]),
         "velocity": np.array([reading.velocity for reading in readings]),
@@ -59,15 +67,19 @@ def figures(
 ) -> dict[str, Figure]:
     """The figures of a measured row against the measured reference, with 95% intervals.
 
+    Where the style was measured: the fraction of clips in it, and of those right in every attribute that a single frame shows.
     Proportions have Wilson's interval, means and ratios the percentile bootstrap's. For distances between sets, which a bootstrap
     shifts, the interval is the value -+ 1.96 bootstrap standard deviations (for KID: standard errors).
     """
     rng = np.random.default_rng(seed)
     result: dict[str, Figure] = {}
-    for i, name in enumerate((*ATTRIBUTES, "accuracy")):
-        right, count = int(row["verdicts"][:, i].sum()), len(row["verdicts"])
+    verdicts = {"accuracy": row["verdicts"][:, -1]} | {name: row["verdicts"][:, i] for i, name in enumerate(ATTRIBUTES)}
+    if "style" in row:
+        looks = [i for i, name in enumerate(ATTRIBUTES) if name != "motion"]
+        verdicts = {"style": row["style"], "frame accuracy": row["verdicts"][:, looks].all(1)} | verdicts
+    for name, verdict in verdicts.items():
+        right, count = int(verdict.sum()), len(verdict)
         result[name] = (right / count, *proportion_interval(right, count))
-    result = {"accuracy": result.pop("accuracy"), **result}
     jerk = row["jerk"][np.isfinite(row["jerk"])]
     for name, fn, arrays in (
         ("motion error", np.mean, [row["motion_error"]]),

@@ -8,7 +8,18 @@ from pathlib import Path
 from training.evaluation.measure import BETTER, PUBLIC_BETTER, Figure
 
 _DIGITS = {"KID": 3, "Fréchet distance": 2, "motion error": 2, "jitter": 2, "diversity": 2, "seconds": 3}
-_PERCENT = {"accuracy", "size", "colour", "shape", "motion", "background", "coverage", "dynamic degree"}
+_PERCENT = {
+    "style",
+    "accuracy",
+    "frame accuracy",
+    "size",
+    "colour",
+    "shape",
+    "motion",
+    "background",
+    "coverage",
+    "dynamic degree",
+}
 
 
 def write_report(

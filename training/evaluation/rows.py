@@ -35,11 +35,12 @@ _PLACES = 2**14  # of latents (frames x height x width) that are sampled at once
 
 @dataclass(frozen=True)
 class Method:
-    """A row's name, how its clips are sampled, and UNet evaluations a clip."""
+    """A row's name, how its clips are sampled, and UNet evaluations a clip: of a video UNet, and of an image UNet on all its frames."""
 
     name: str
     sample: Sampler
     evaluations: int
+    image_evaluations: int = 0
 
 
 def steps_in_words(count: int) -> str:
@@ -96,12 +97,16 @@ class Gallery:
 
 
 class Bench(Gallery):
-    """A gallery of the miniature world's held-out prompts, whose clips are measured against rendered ones."""
+    """A gallery of the miniature world's held-out prompts, whose clips are measured against ones rendered in `style`.
+
+    `judge_style` asks also whether clips are in that style.
+    """
 
     def __init__(
-        self, stack: Stack, net: VideoFeatures, clips: int, seed: int = 0, style: str = "plain", precision: str = "auto"
-    ):
-        self.net, self.style = net, style
+        self, stack: Stack, net: VideoFeatures, clips: int, seed: int = 0, style: str = "plain", judge_style: bool = False,
+        precision: str = "auto",
+    ):  # fmt: skip
+        self.net, self.style, self.judge_style = net, style, judge_style
         self.contents = world.draw_contents(clips, held_out=True, seed=seed)
         captions = [content.caption for content in self.contents]
         super().__init__(stack, captions, world.FRAMES, world.SIDE, world.SIDE, seed, precision)
@@ -121,7 +126,7 @@ class Bench(Gallery):
             return np.concatenate([self._decode(self.stack.encode_clips(part)) for part in parts])
 
     def measure(self, clips: np.ndarray) -> dict[str, np.ndarray]:
-        return measure(clips, self.contents[: len(clips)], self.net)
+        return measure(clips, self.contents[: len(clips)], self.net, self.style if self.judge_style else None)
 
     def figures(self, row: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, Figure]:
         return figures(row, reference, self.prompts, self.seed)

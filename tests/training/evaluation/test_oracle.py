@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
+from avdm2_nodes.diffusion.stack import decode_clips, encode_clips, load_vae
+from training.config import ROOT
 from training.evaluation import oracle
 from training.miniature import world
 
@@ -146,6 +149,32 @@ def test_styles_are_read_from_stroke_and_palette():
     mixed = np.where(plain.max(-1, keepdims=True) > 170, plain, neon)  # a filled shape on a night ground
     reading = oracle.read_clip(mixed)
     assert (reading.stroke, reading.palette, reading.style) == ("plain", "neon", None)
+
+
+def night_colours(frames):
+    """A plain clip in the other style's colours: greys become those of its night ground, nothing is drawn otherwise."""
+    x = frames / 255
+    chroma, level = np.ptp(x, -1, keepdims=True), x.min(-1, keepdims=True)
+    ground = np.array([0.02, 0.02, 0.06]) + np.clip((level - 0.2) / 0.4, 0, 1) * np.array([0.14, 0.08, 0.24])
+    grey = np.clip(1 - chroma / 0.3, 0, 1) * (level < 0.75)  # all but shape, tail and lamp
+    return ((x + grey * (ground - x)) * 255).round().astype(np.uint8)
+
+
+def test_the_other_style_s_palette_alone_is_not_the_style():
+    readings = [oracle.read_clip(night_colours(clip.frames)) for clip in CLIPS["plain"][:20]]
+    assert np.mean([reading.palette == "neon" for reading in readings]) >= 0.9
+    assert not any(reading.style == "neon" for reading in readings)
+
+
+def test_both_styles_are_read_after_the_vae():
+    vae = load_vae(ROOT / "miniature" / "vae")
+    for style in world.STYLES:
+        clips = CLIPS[style][:24]
+        frames = torch.from_numpy(np.stack([clip.frames for clip in clips]))
+        readings = [oracle.read_clip(clip) for clip in decode_clips(vae, encode_clips(vae, frames)).numpy()]
+        assert all(reading.style == style for reading in readings)
+        right = [oracle.judge(r, clip.content)["all"] for r, clip in zip(readings, clips, strict=True)]
+        assert np.mean(right) >= 0.8  # the VAE's own bound: 95% of plain clips
 
 
 def test_refuses_other_arrays():

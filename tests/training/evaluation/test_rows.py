@@ -42,7 +42,7 @@ def test_real_clips_are_measured_as_what_they_are(real):
     assert said["motion error"][0] < 0.1 and said["jitter"][0] < 1.0
     assert said["dynamic degree"][0] == pytest.approx(1.0, abs=0.1)
     assert all(low <= value <= high for value, low, high in said.values())
-    assert set(BETTER) - {"diversity"} | {"dynamic degree"} == set(said)  # each prompt is there once
+    assert set(BETTER) - {"diversity", "style", "frame accuracy"} | {"dynamic degree"} == set(said)  # each prompt is there once
 
 
 def test_a_row_is_at_no_distance_of_itself(real):
@@ -51,6 +51,17 @@ def test_a_row_is_at_no_distance_of_itself(real):
     assert said["Fréchet distance"][0] == pytest.approx(0, abs=1e-6)
     assert said["coverage"][0] == 1.0 and said["dynamic degree"][0] == pytest.approx(1.0)
     assert said["KID"][0] <= 0  # unbiased, so below 0 where both sets are one
+
+
+def test_the_style_is_a_figure_where_it_is_asked_for(real, net):
+    draws, (row, _), prompts = real
+    contents = [clip.content for clip in draws[0]]
+    plain = np.stack([clip.frames for clip in draws[0]])
+    neon = np.stack([world.render(c, "neon", np.random.default_rng(i)).frames for i, c in enumerate(contents)])
+    half = np.concatenate([neon[: CLIPS // 2], plain[CLIPS // 2 :, ::-1]])  # half of them in the style, half of them backwards
+    said = figures(measure(half, contents, net, "neon"), row, prompts)
+    assert said["style"][0] == 0.5 and said["frame accuracy"][0] == 1.0 and said["accuracy"][0] < 1.0
+    assert figures(measure(half, contents, net, "plain"), row, prompts)["style"][0] == 0.5
 
 
 def test_clips_that_stand_still_or_run_backwards_lose_their_motion(real, net):
