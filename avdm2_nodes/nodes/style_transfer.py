@@ -43,7 +43,7 @@ class StyleTransfer(io.ComfyNode):
                     default=GUIDANCE,
                     optional=True,
                     tooltip="How an image model is used. guidance: after each step the frames are pulled by what it sees otherwise than "
-                    "the student's base, four image evaluations a frame and pull. transplant: its weights take the place of the base's "
+                    "the student's base, two image evaluations a frame and pull. transplant: its weights take the place of the base's "
                     "under what the student has learnt, no evaluations more.",
                 ),
                 io.Conditioning.Input(
@@ -58,7 +58,7 @@ class StyleTransfer(io.ComfyNode):
                     min=1,
                     max=8,
                     optional=True,
-                    tooltip="For guidance: how often the frames are pulled after each step; each costs four image evaluations a frame.",
+                    tooltip="For guidance: how often the frames are pulled after each step; each costs two image evaluations a frame.",
                 ),
             ],
             outputs=[StudentWire.Output(display_name="student")],

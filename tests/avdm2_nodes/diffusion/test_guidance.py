@@ -1,7 +1,7 @@
 import torch
 from diffusers import DDPMScheduler
 
-from avdm2_nodes.diffusion.guidance import predict_frames, pulled, style_pull
+from avdm2_nodes.diffusion.guidance import predict_frames, pull_evaluations, pulled, style_pull
 
 ABAR = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod.double()
 
@@ -73,7 +73,10 @@ def test_pulls_at_chosen_steps_count_and_nothing_else_is_evaluated():
     pull = 0.5 * (1 - ABAR[500].float()) * 3.0
     for pulls in (1, 3):
         torch.testing.assert_close(refined(2, pulls=pulls, steps=(1, 2)), clip + pulls * pull, rtol=1e-3, atol=1e-3)
-        assert sum(evaluations) == 4 * 5 * pulls
+        assert sum(evaluations) == 5 * pull_evaluations(1, pulls) == 2 * 5 * pulls
+        refined(2, pulls=pulls, guidance=2.0)
+        assert sum(evaluations) == 5 * pull_evaluations(1, pulls, 2.0) == 4 * 5 * pulls
+    assert pull_evaluations(4) == 8 and pull_evaluations(4, 3, 2.0, at=(1, 2, 9)) == 24
     for refining in ({"step": 0, "steps": (1, 2)}, {"step": 1, "strength": 0.0}):
         assert torch.equal(refined(**refining), clip) and not evaluations
 
@@ -83,12 +86,30 @@ def test_a_style_reads_its_own_texts_and_the_source_the_student_s():
 
     def score(name):
         def eps(x_t, t, text):
-            read[name].append(text[0])
+            read[name].append({int(row.max()) for row in text})
             return torch.zeros_like(x_t)
 
         return eps
 
     clip, noise = torch.zeros(1, 4, 2, 2, 2), torch.Generator().manual_seed(0)
     texts = [torch.full((1, 3, 8), float(i)) for i in range(4)]
-    pulled(score("style"), score("source"), *texts[:2], 1.0, noise, style_texts=texts[2:])(clip, 0)
-    assert [int(text.max()) for text in read["style"]] == [3, 2] and [int(text.max()) for text in read["source"]] == [1, 0]
+    for guidance in (2.0, 1.0):
+        pulled(score("style"), score("source"), *texts[:2], 1.0, noise, guidance=guidance, style_texts=texts[2:])(clip, 0)
+    assert read == {"style": [{2, 3}, {2}], "source": [{0, 1}, {0}]}
+
+
+def test_clips_of_a_batch_are_pulled_as_each_alone():
+    def score(scale):
+        return lambda x_t, t, text: torch.sin(scale * x_t + text.mean((1, 2))[:, None, None, None])
+
+    clips, texts, empty = torch.randn(3, 4, 5, 2, 2), torch.randn(3, 3, 8), torch.zeros(1, 3, 8)
+
+    def refined(samples):
+        noise = [torch.Generator().manual_seed(i) for i in samples]
+        return pulled(score(2.0), score(1.0), texts[samples], empty, 1.0, noise, guidance=2.0, pulls=2)(clips[samples], 0)
+
+    torch.testing.assert_close(refined([0, 1, 2]), torch.cat([refined([i]) for i in range(3)]))
+    one = pulled(score(2.0), score(1.0), texts[:1], empty, 1.0, torch.Generator().manual_seed(0), guidance=2.0, pulls=2)(
+        clips[:1], 0
+    )
+    torch.testing.assert_close(one, refined([0]))
