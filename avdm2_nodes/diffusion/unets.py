@@ -81,7 +81,7 @@ def video_predictor(unet: UNetMotionModel, backend: str | Callable | None = None
     network = unet if backend is None else torch.compile(unet, backend=backend)
 
     def eps(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        x_t, text = x_t.to(unet.dtype), text.to(unet.dtype)
+        x_t, text = x_t.to(_dtype(unet)), text.to(_dtype(unet))
         if backend is not None:
             torch._dynamo.maybe_mark_dynamic(x_t, 2)
             torch._dynamo.maybe_mark_dynamic(text, 1)
@@ -92,7 +92,16 @@ def video_predictor(unet: UNetMotionModel, backend: str | Callable | None = None
 
 def image_predictor(unet: UNet2DConditionModel) -> Predictor:
     """eps(x_t (B, C, h, w), t, text (B, L, D)) by an image UNet."""
-    return lambda x_t, t, text: unet(x_t.to(unet.dtype), t, text.to(unet.dtype), return_dict=False)[0].float()
+
+    def eps(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return unet(x_t.to(_dtype(unet)), t, text.to(_dtype(unet)), return_dict=False)[0].float()
+
+    return eps
+
+
+def _dtype(unet: nn.Module) -> torch.dtype:
+    """That of its weights; a UNet's own `dtype` looks at every one of them first, hundreds at each evaluation."""
+    return next(unet.parameters()).dtype
 
 
 def guided(predict: Predictor, empty_text: Tensor, guidance: float) -> Predictor:
@@ -115,8 +124,8 @@ def encoder_features(unet: UNetMotionModel, x_t: Tensor, t: Tensor, text: Tensor
     """
     frames = x_t.shape[2]
     t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
-    emb = unet.time_embedding(unet.time_proj(t).to(unet.dtype)).repeat_interleave(frames, 0)
-    hidden = unet.conv_in(x_t.transpose(1, 2).flatten(0, 1).to(unet.dtype))
+    emb = unet.time_embedding(unet.time_proj(t).to(_dtype(unet))).repeat_interleave(frames, 0)
+    hidden = unet.conv_in(x_t.transpose(1, 2).flatten(0, 1).to(_dtype(unet)))
     features = []
     for block in unet.down_blocks:
         if getattr(block, "has_cross_attention", False):

@@ -1,0 +1,1 @@
+"""How fast sampling and training are, on the machine that this runs on: `python benchmarks/run.py`."""
