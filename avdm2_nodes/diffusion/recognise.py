@@ -6,6 +6,7 @@ node may ask about every file of a list. Pickles are never read in a way that ru
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
@@ -185,10 +186,16 @@ def _safetensors_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[st
     return {name: shape for name, (shape, _) in entries.items()}, metadata
 
 
+_BITS = re.compile(r"\d+")  # of F32, BF16, I64, F8_E4M3: a number's bits, the first digits in its name
+
+
 def _shape_and_end(entry: dict) -> tuple[tuple[int, ...], int]:
     shape, (start, end) = entry["shape"], entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
         raise ValueError(f"sizes {shape}, {start}, {end}")
+    bits = _BITS.search(entry["dtype"])
+    if bits and int(bits[0]) >= 8 and math.prod(shape) * int(bits[0]) != 8 * (end - start):
+        raise ValueError(f"a tensor of shape {shape} in {end - start} bytes")
     return tuple(shape), end
 
 

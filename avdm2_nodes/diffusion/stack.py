@@ -176,6 +176,8 @@ def _frozen(module):
 
 
 def _require_folder(folder: Path) -> None:
+    if folder.suffix in (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin") and not folder.exists():
+        raise StackError(f"Expected a model file at {folder}, found nothing; check the path.")
     if not folder.is_dir():
         raise StackError(f"Expected a model folder in the diffusers layout at {folder}, found none; check the path.")
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .recognise import read_layout, recognise
 from .samplers import Chain
 from .schedules import TRAIN_TIMESTEPS, lcm_timesteps, trailing_timesteps
 from .unets import without_waste
@@ -235,7 +236,11 @@ def read_student(path: Path) -> Student:
         raise StudentFileError(f"Expected a student file at {path}, found {found}; check the path.")
     try:
         with safe_open(path, framework="pt") as file:
-            info = StudentInfo.from_metadata(file.metadata() or {}, path)
+            metadata = file.metadata() or {}
+            if _OURS + "format_version" not in metadata:
+                found = recognise(read_layout(path)).phrase
+                raise StudentFileError(f"Expected a student file at {path}, found {found}; choose a student.")
+            info = StudentInfo.from_metadata(metadata, path)
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, SafetensorError) as error:
         raise StudentFileError(

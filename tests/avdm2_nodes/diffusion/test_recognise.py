@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import subprocess
@@ -254,11 +255,17 @@ def test_a_header_that_claims_more_than_there_is(tmp_path):
         assert f"a header of {length} bytes" in refused(path)
 
 
-def test_tensors_that_contradict_their_header(tmp_path):
-    """Found when they are read; their names and shapes are plausible."""
-    text = json.dumps({"a": entry(shape=[3])}).encode()
-    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
-    assert "truncated or damaged" in refusal(read_tensors, tmp_path / "a.safetensors")
+@pytest.mark.parametrize("shape, dtype", [([3], "F32"), ([2], "F64"), ([5], "BF16"), ([7], "F8_E4M3"), ([2**62], "I64")])
+def test_a_shape_that_its_tensor_has_no_room_for(tmp_path, shape, dtype):
+    """Found in the header, before anything is loaded."""
+    path = tmp_path / "a.safetensors"
+    for given, said in (([8 * 8 // int(re.search(r"\d+", dtype)[0])], None), (shape, f"a tensor of shape {shape} in 8 bytes")):
+        text = json.dumps({"a": entry(shape=given, dtype=dtype)}).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
+        if said is None:
+            assert read_layout(path).shapes == {"a": tuple(given)}
+        else:
+            assert f"truncated or damaged (its header: {said})" in refused(path)
 
 
 class Code:

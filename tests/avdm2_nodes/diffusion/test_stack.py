@@ -136,6 +136,7 @@ def test_an_image_unet_is_found_in_its_folder_and_in_a_stack(stack_folder):
 
 def test_a_missing_folder_and_missing_parts_are_named(folder, tmp_path):
     assert str(tmp_path / "gone") in refusal(tmp_path / "gone")
+    assert "Expected a model file at" in refusal(tmp_path / "gone.safetensors")
     for part in ("tokenizer", "text_encoder", "vae", "unet", "motion_adapter"):
         shutil.move(folder / part, tmp_path / "away")
         assert str(folder / part) in refusal(folder)

@@ -253,9 +253,11 @@ def test_a_file_that_is_no_safetensors(path):
 
 
 def test_safetensors_that_are_no_student(path):
+    lora = "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"
     for metadata in (None, {"format": "pt"}):
-        save_file({"a": torch.zeros(2)}, path, metadata)
-        assert "another kind" in refusal(read_student, path)
+        for name, said in (("a", "an unknown file with keys such as 'a'"), (lora, "an SD LoRA (kohya keys)")):
+            save_file({name: torch.zeros(2, 2)}, path, metadata)
+            assert refusal(read_student, path) == f"Expected a student file at {path}, found {said}; choose a student."
 
 
 def test_styles_in_its_weights_are_on_record(whole, info, path):
