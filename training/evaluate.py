@@ -53,7 +53,6 @@ logger = logging.getLogger("evaluate")
 PLOTTED = ("accuracy", "Fréchet distance", "KID", "motion error", "coverage", "diversity", *PUBLIC_BETTER)
 SHARED = "warm-up only", ["--run.updates", "0"]  # the run that all ablations begin as, and go on from
 SHOWN = 4  # prompts in the pictures
-_BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -188,6 +187,15 @@ def branch(source: Path, folder: Path, config: DistillConfig) -> None:
     write_atomically(folder / "checkpoints" / newest.name, lambda temporary: shutil.copy(newest, temporary))
 
 
+def insert(readme: Path, section: str, table: str, about: dict) -> None:
+    """Puts a table and what it was measured with between a section's markers, `<!-- section -->` and `<!-- end of section -->`."""
+    begin, end = f"<!-- {section} -->", f"<!-- end of {section} -->"
+    head, _, rest = readme.read_text().partition(begin)
+    _, _, tail = rest.partition(end)
+    facts = "; ".join(f"{key}: {value}" for key, value in about.items())
+    readme.write_text(f"{head}{begin}\n{table}\n{facts}.\n{end}{tail}")
+
+
 class Table:
     """Rows, each measured once and kept in `folder`."""
 
@@ -202,10 +210,11 @@ class Table:
         """A row of the clips that `make` gives."""
         self._add(name, lambda: (make(), 0.0))
 
-    def add_method(self, method: Method) -> None:
-        """A row of the clips that a method samples, with its cost."""
-        seconds = self._add(method.name, lambda: self.bench.sample(method))
-        self.costs[method.name] = {"evaluations": method.evaluations, "seconds": seconds}
+    def add_method(self, method: Method, of: str = "") -> None:
+        """A row of the clips that a method samples, with its cost; `of` says what else than the name its clips depend on."""
+        seconds = self._add(method.name, lambda: self.bench.sample(method), of)
+        of_images = {"image evaluations": method.image_evaluations} if method.image_evaluations else {}
+        self.costs[method.name] = {"evaluations": method.evaluations, **of_images, "seconds": seconds}
 
     def add_runs(self, name: str, methods: list[Method]) -> None:
         """One row for several training seeds: the mean of each figure, and the range of the seeds as its interval."""
@@ -228,19 +237,15 @@ class Table:
         plotted = {name: {key: row[key] for key in PLOTTED if key in row} for name, row in self.rows.items()}
         plot_table(plotted, self.folder / "plot.png", better=BETTER | PUBLIC_BETTER)
         if readme is not None:
-            text = readme.read_text()
-            head, _, rest = text.partition(_BEGIN)
-            _, _, tail = rest.partition(_END)
-            facts = "; ".join(f"{key}: {value}" for key, value in about.items())
-            readme.write_text(f"{head}{_BEGIN}\n{markdown_table(self.rows, self.costs)}\n{facts}.\n{_END}{tail}")
+            insert(readme, "results", markdown_table(self.rows, self.costs), about)
 
-    def _add(self, name: str, make: Callable[[], tuple[np.ndarray, float]]) -> float:
+    def _add(self, name: str, make: Callable[[], tuple[np.ndarray, float]], of: str = "") -> float:
         def measured() -> dict[str, np.ndarray]:
             logger.info("Measuring: %s", name)
             clips, seconds = make()
             return self.bench.measure(clips) | {"shown": clips[:SHOWN], "seconds": np.array([seconds])}
 
-        row = kept(self._path(name), measured)
+        row = kept(self._path(f"{name} {of}".rstrip()), measured)
         self.shown[name] = list(row["shown"])
         self.rows[name] = self.bench.figures(row, self.reference)
         return float(row["seconds"][0])

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from .schedules import TRAIN_TIMESTEPS, VIDEO
+from .schedules import TRAIN_TIMESTEPS, VIDEO, Schedule
 from .unets import Predictor, guided
 
 Chain = Literal["renoise", "euler", "lcm"]  # how a few-step chain goes on from an x0
@@ -145,12 +145,12 @@ def begin(timesteps: Sequence[int], noise: Tensor, clip: Tensor | None, denoise:
     return kept, VIDEO.diffuse(clip, noise, kept[0])
 
 
-def ddim_scheduler(steps: int, spacing: str = "trailing") -> DDIMScheduler:
-    """diffusers' DDIM on the video schedule, with its `steps` timesteps set."""
+def ddim_scheduler(steps: int, spacing: str = "trailing", schedule: Schedule = VIDEO) -> DDIMScheduler:
+    """diffusers' DDIM on a schedule, with its `steps` timesteps set."""
     scheduler = DDIMScheduler(
-        beta_schedule=VIDEO.beta_schedule,
-        beta_start=VIDEO.beta_start,
-        beta_end=VIDEO.beta_end,
+        beta_schedule=schedule.beta_schedule,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
         clip_sample=False,
         timestep_spacing=spacing,
         steps_offset=1 if spacing == "leading" else 0,
@@ -170,14 +170,15 @@ def sample_teacher(
     spacing: str = "trailing",
     callback: Callback | None = None,
     timesteps: Sequence[int] | None = None,
+    schedule: Schedule = VIDEO,
 ) -> Tensor:
     """DDIM (Song et al., arXiv 2010.02502) with classifier-free guidance; deterministic given `noise` (B, C, F, h, w).
 
     empty_text (1, L, D) is the empty prompt's embedding. A step is two evaluations, or one at guidance 1. `spacing` is diffusers'
     `timestep_spacing`: trailing starts at 999, as the student does. `timesteps` are the last of these steps, for a clip that
-    `begin` has diffused to the first of them.
+    `begin` has diffused to the first of them. With an image UNet and its `schedule`, noise and result are images (B, C, h, w).
     """
-    scheduler = ddim_scheduler(steps, spacing)
+    scheduler = ddim_scheduler(steps, spacing, schedule)
     predict, x_t = guided(teacher, empty_text, guidance), noise
     for i, t in enumerate(timesteps or scheduler.timesteps.tolist()):
         eps = predict(x_t, torch.full((len(x_t),), t, device=x_t.device), text)
