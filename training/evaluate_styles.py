@@ -38,7 +38,7 @@ from avdm2_nodes.diffusion.unets import Predictor, image_predictor, video_predic
 from training import console
 from training.config import ROOT
 from training.distill import EXPECTED_ERRORS, feature_net
-from training.evaluate import SHOWN, Table, insert
+from training.evaluate import Table, insert
 from training.evaluation.feature_net import content_hash
 from training.evaluation.pictures import contact_sheet
 from training.evaluation.report import markdown_table, write_report
@@ -53,6 +53,7 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0)  # the last is the default of every mode
 UNSWAPPED, MODES = "student, unswapped", ("transplant", "guidance", "fine-tuned")
 FRAMES, TEACHER = "style's image model, single frames, 25 steps", "teacher on the style, 25 steps"
 OF_FRAMES = ("style", "frame accuracy", "size", "colour", "shape", "background")  # figures that single frames have
+PICTURED = slice(1, 4)  # of the prompts whose clips are kept
 FIGURES = (
     "style", "accuracy", "frame accuracy", "motion", "motion error", "dynamic degree", "jitter", "diversity", "Fréchet distance",
 )  # fmt: skip
@@ -173,10 +174,16 @@ def frames_method(name: str, image: Predictor, stack: Stack, steps: int, guidanc
 def write(table: Table, about: dict, readme: Path | None) -> None:
     """report.json, report.md, styles.jpg, strength.jpg; and the table into `readme`, between its markers."""
     write_report(table.folder, "Ways to another style", table.rows, table.costs, about)
-    captions, modes = table.bench.prompts[:SHOWN], [mode for mode in MODES if f"{mode} {STRENGTHS[-1]:g}" in table.rows]
-    best = {name: table.shown[name] for name in (UNSWAPPED, *(f"{mode} {STRENGTHS[-1]:g}" for mode in modes), TEACHER)}
-    contact_sheet(best, captions, table.folder / "styles.jpg")
-    sweeps = {mode: sweep([table.shown[name] for name in (UNSWAPPED, *(f"{mode} {s:g}" for s in STRENGTHS))]) for mode in modes}
+    modes = [mode for mode in MODES if f"{mode} {STRENGTHS[-1]:g}" in table.rows]
+    captions = table.bench.prompts[PICTURED]
+    best = {
+        name: table.shown[name][PICTURED] for name in (UNSWAPPED, *(f"{mode} {STRENGTHS[-1]:g}" for mode in modes), TEACHER)
+    }
+    contact_sheet(best, captions, table.folder / "styles.jpg", shown=3)
+    sweeps = {
+        mode: sweep([table.shown[name][PICTURED] for name in (UNSWAPPED, *(f"{mode} {s:g}" for s in STRENGTHS))])
+        for mode in modes
+    }
     said = ", ".join(f"{s:g}" for s in (0, *STRENGTHS))
     titles = [f"{caption}, strength {said}" for caption in captions]
     contact_sheet(sweeps, titles, table.folder / "strength.jpg", shown=1 + len(STRENGTHS))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .samplers import Generators, Refine, draw_noise
 from .schedules import IMAGE
+from .sdm import sdm_difference
 from .unets import Predictor, guided
 
 # Found with the miniature's student and style, one pull after each of four steps: at 200 fewer clips take the style on, at 500 with a
@@ -18,9 +19,10 @@ PULL_GUIDANCE = 1.0
 def style_pull(x0: Tensor, style_x0: Tensor, source_x0: Tensor, strength: float) -> Tensor:
     """x0 moved along style minus source, the difference of two x0 predictions of the same noisy frames: nothing where they agree.
 
-    A delta of denoising scores (Hertz et al., arXiv 2304.07090), the direction of SDM (DMD, arXiv 2311.18828) between two real scores.
+    A delta of denoising scores (Hertz et al., arXiv 2304.07090): down SDM's gradient before its normaliser, with the source in the
+    place of the fake score, which is where a student's frames are, and the style in that of the real one.
     """
-    return x0 + strength * (style_x0 - source_x0)
+    return x0 - strength * sdm_difference(source_x0, style_x0)
 
 
 def pull_evaluations(steps: int, pulls: int = 1, guidance: float = PULL_GUIDANCE, at: Collection[int] | None = None) -> int:
