@@ -1,5 +1,10 @@
 """Networks under ComfyUI's memory management: loaded, partly loaded, offloaded and freed by it."""
 
+import ctypes
+import gc
+import sys
+import weakref
+
 import comfy.latent_formats
 import comfy.model_management as management
 import comfy.model_patcher
@@ -18,6 +23,7 @@ class Holder(nn.Module):
         self.diffusion_model = _with_comfy_layers(network.eval().requires_grad_(False))
         self.latent_format = latent_format
         self.device = torch.device("cpu")
+        weakref.finalize(self, _something_goes).atexit = False
 
     def get_dtype(self) -> torch.dtype:
         return next(self.diffusion_model.parameters()).dtype
@@ -26,6 +32,31 @@ class Holder(nn.Module):
         """Bytes that one evaluation of a batch of latents (N, C, h, w) takes, by the rule that core has for its own SD1.5."""
         area = input_shape[0] * input_shape[2] * input_shape[3]
         return area * self.get_dtype().itemsize * 0.01 * 1024 * 1024
+
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+_goes = False  # a network has gone, or the float32 weights that one was cast from, since memory was last given back
+
+
+def _something_goes() -> None:
+    global _goes
+    _goes = True
+
+
+def _give_back(phase: str = "stop", info: dict | None = None) -> None:
+    """Returns to the system what the C library keeps of networks that have gone: of full-size ones all their gigabytes.
+
+    glibc gives back only what lies at the end of its heap. ComfyUI collects garbage after it has unloaded models: then, and before
+    something is loaded, is the time.
+    """
+    global _goes
+    if _goes and phase == "stop" and (info is None or info["generation"] == 2):
+        _goes = False
+        if _malloc_trim is not None:
+            _malloc_trim(0)
+
+
+gc.callbacks.append(_give_back)
 
 
 def _with_comfy_layers(network: nn.Module) -> nn.Module:
@@ -50,6 +81,7 @@ def unet_patcher(unet: nn.Module, latent_format) -> comfy.model_patcher.ModelPat
     device = management.get_torch_device()
     dtype = unet_dtype(device, sum(p.numel() for p in unet.parameters()))
     nn.Module.to(unet, dtype)  # diffusers' own warns of parts that this UNet does not have
+    _something_goes()
     return comfy.model_patcher.ModelPatcher(Holder(unet, latent_format), device, management.unet_offload_device())
 
 
@@ -60,6 +92,7 @@ def text_patcher(text_encoder: nn.Module) -> comfy.model_patcher.ModelPatcher:
 
 def load(patchers: list[comfy.model_patcher.ModelPatcher], latents_shape=None) -> list[nn.Module]:
     """Has ComfyUI load the networks, with room for one evaluation of latents (N, C, h, w) by the hungriest; the networks."""
+    _give_back()
     needed = max((p.model.memory_required(latents_shape) for p in patchers), default=0) if latents_shape else 0
     management.load_models_gpu(patchers, memory_required=needed)
     networks = []

@@ -185,7 +185,7 @@ def test_motion_modules_of_another_width_are_refused(comfyui, native, model_fold
 
 def test_a_native_model_is_a_style(comfyui, native, student, loaded, image_unet_of):
     (styled,) = comfyui.run("AVDM2StyleTransfer", student=student, style="other of tiny", strength=0.5, model=native)
-    (style,) = styled.styles
+    (style,) = styled.guides
     ours = dict(image_unet_of(native).named_parameters())
     dtype = style.patcher.model.get_dtype()
     assert all(torch.equal(p, ours[name].to(dtype)) for name, p in style.patcher.model.diffusion_model.named_parameters())
