@@ -1,0 +1,157 @@
+"""The SD1.5 workflows in a running ComfyUI, through comfy-cli, with files of random weights: 14 GB of memory, 7 GB of disk."""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from avdm2_nodes.diffusion.motion_file import to_diffusers_keys
+from avdm2_nodes.diffusion.stack import load_image_unet
+from avdm2_nodes.diffusion.student_file import StudentInfo, weights_hash, write_student
+from tests.avdm2_nodes.conftest import ROOT
+from tests.avdm2_nodes.diffusion.original_layouts import SD15, original_checkpoint, original_motion, values
+from tests.avdm2_nodes.live import Client, Server
+
+pytestmark = pytest.mark.slow
+
+COMFY = Path(sys.executable).with_name("comfy")
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+CHECKPOINT, MOTION, STUDENT = "v1-5-pruned-emaonly-fp16.safetensors", "v3_sd15_mm.ckpt", "avdm2_sd15_4step.safetensors"
+LEFT = 300  # MB that may stay when all models of full size are unloaded: allocator, caches of libraries
+SMALL = {"EmptyLatentImage": [64, 64, 2], "AVDM2TeacherSampler": [1, "fixed", 2, 7.5, 1.0]}  # so that a CPU does it in minutes
+
+
+def write_models(base: Path) -> None:
+    """Random weights under the names that the workflows give, in the original layouts."""
+    manifest = yaml.safe_load((ROOT / "workflows" / "models.yaml").read_text(encoding="utf-8"))
+    needs = {(kind, name) for files in manifest.values() for kind, names in files.items() for name in names}
+    models = base / "models"
+    for kind, _ in needs:
+        (models / kind).mkdir(parents=True, exist_ok=True)
+    for seed, name in enumerate(sorted(name for kind, name in needs if kind == "checkpoints")):
+        save_file(values(original_checkpoint(**SD15), seed, torch.float16), models / "checkpoints" / name)
+    motion = values(original_motion(), dtype=torch.float16)
+    torch.save(motion, models / "animatediff_models" / MOTION)
+    student = {key: 0.9 * tensor for key, tensor in to_diffusers_keys(motion).items()}
+    base_hash = weights_hash(load_image_unet(models / "checkpoints" / CHECKPOINT))
+    info = StudentInfo(
+        holds="motion", timesteps=(999, 749, 499, 249), frames=16, height=512, width=512, unet_config=student_config(),
+        base_name=CHECKPOINT, base_hash=base_hash, updates=0, training_config="", title="random", date="2026-01-31",
+        license="CreativeML OpenRAIL-M",
+    )  # fmt: skip
+    write_student(models / "avdm2" / STUDENT, student, info)
+    assert {(path.parent.name, path.name) for path in models.glob("*/*.*")} == needs
+
+
+def student_config() -> dict:
+    from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+
+    from avdm2_nodes.diffusion.student_file import unet_config
+
+    with torch.device("meta"):
+        image = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        motion = MotionAdapter(motion_max_seq_length=32, use_motion_mid_block=False)
+        return unet_config(UNetMotionModel.from_unet2d(image, motion, load_weights=False))
+
+
+@pytest.fixture(scope="module")
+def server(comfyui_dir, tmp_path_factory):
+    if not COMFY.is_file():
+        pytest.skip("needs comfy-cli: pip install comfy-cli")
+    base = tmp_path_factory.mktemp("sd15")
+    try:
+        write_models(base)
+        with Server(comfyui_dir, base) as running:
+            yield running
+    finally:
+        shutil.rmtree(base / "models", ignore_errors=True)
+
+
+def comfy_run(server: Server, path: Path) -> None:
+    """`comfy run --workflow`, as a person types it."""
+    command = [COMFY, "--skip-prompt", "--no-enable-telemetry", "run", "--workflow", path, "--wait", "--timeout", "900"]
+    done = subprocess.run(
+        [*command, "--host", "127.0.0.1", "--port", str(server.port)], capture_output=True, text=True, timeout=1000
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + server.log()[-4000:]
+
+
+def made_small(path: Path, folder: Path) -> Path:
+    """The workflow of a file with the few values replaced that make it slow."""
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    for node in workflow["nodes"]:
+        node["widgets_values"] = SMALL.get(node["type"], node["widgets_values"])
+    small = folder / path.name
+    small.write_text(json.dumps(workflow), encoding="utf-8")
+    return small
+
+
+def unload(server: Server, least: float) -> float:
+    """Presses "unload models"; MB held as soon as that is no more than `least`, or after a minute."""
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    until = time.monotonic() + 60
+    while (held := server.rss()) > least and time.monotonic() < until:
+        time.sleep(0.5)
+    return held
+
+
+@pytest.mark.parametrize("path", [w for w in WORKFLOWS if w.stem.startswith("miniature")], ids=lambda path: path.stem)
+def test_comfy_run_passes_for_the_miniature(server, path):
+    comfy_run(server, path)
+
+
+def test_each_sd15_workflow_passes_and_unloading_gives_its_memory_back(server, tmp_path, record_property):
+    before, held = unload(server, 0), {}  # with all libraries imported, by the workflows of the miniature
+    for path in WORKFLOWS:
+        if path.stem.startswith("sd15"):
+            comfy_run(server, made_small(path, tmp_path))
+            held[path.stem] = server.rss()
+    after = unload(server, before + LEFT)
+    record_property("rss_mb", {"before": before, **held, "after": after})
+    print(f"\nRSS {before:.0f} MB before, {held} after each workflow, {after:.0f} MB after unloading")
+    assert min(held.values()) > before + 2000, "a network of 1.3 billion parameters is held"
+    assert after < before + LEFT
+
+
+def test_an_interrupt_stops_within_an_evaluation_and_leaves_nothing(server, tmp_path, record_property):
+    before, listening = unload(server, 0), Client(server.port)
+    loader = {"checkpoint": CHECKPOINT, "motion_module": MOTION}
+    sampler = {
+        "teacher": ["teacher", 0], "positive": ["text", 0], "latent": ["size", 0], "seed": 1, "steps": 50, "cfg": 7.5, "denoise": 1.0,
+    }  # fmt: skip
+    graph = {
+        "teacher": {"class_type": "AVDM2TeacherLoader", "inputs": loader},
+        "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["teacher", 1], "text": "a boat"}},
+        "size": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 4}},
+        "sampler": {"class_type": "AVDM2TeacherSampler", "inputs": sampler},
+        "frames": {"class_type": "VAEDecode", "inputs": {"samples": ["sampler", 0], "vae": ["teacher", 2]}},
+        "shown": {"class_type": "PreviewImage", "inputs": {"images": ["frames", 0]}},
+    }
+    prompt_id = server.submit(graph, listening.id)
+    until = time.monotonic() + 600
+    while len(listening.of("progress")) < 4 and time.monotonic() < until:
+        time.sleep(0.01)
+    pressed = time.monotonic()
+    server.post("/interrupt", {})
+    ((stopped, told),) = listening.wait_for("execution_interrupted")
+    assert told["node_type"] == "AVDM2TeacherSampler"
+    moved = [when for when, data in listening.of("progress") if data["max"] == 50]
+    step = max(b - a for a, b in itertools.pairwise(moved[1:]))
+    assert server.wait_for(prompt_id)["status"]["status_str"] == "error"
+    listening.close()
+    after = unload(server, before + LEFT)
+    record_property("interrupt", {"latency_s": stopped - pressed, "longest_step_s": step, "rss_mb": [before, after]})
+    print(
+        f"\nstopped {stopped - pressed:.2f} s after the interrupt, steps of up to {step:.2f} s; RSS {before:.0f} and {after:.0f} MB"
+    )
+    assert sum(when > pressed for when in moved) <= 1, "the step under way may end, no other begins"
+    assert after < before + LEFT
+    comfy_run(server, made_small(ROOT / "workflows" / "sd15_text_to_video.json", tmp_path))
