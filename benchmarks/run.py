@@ -23,7 +23,7 @@ import diffusers
 import torch
 
 from avdm2_nodes.diffusion.precision import decoding_dtype, sampling_dtype
-from benchmarks import training_modes
+from benchmarks import nodes, training_modes
 from benchmarks.cost import decoder_operations, sd15_table, unet_operations
 from benchmarks.report import MISSING, write_report
 from benchmarks.subjects import Subject, evaluations, miniature, sd15
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     if reason is None:
         steps = () if device.type == "cuda" else ((1, 1),)  # a CPU would take minutes for all 25
         subject = sd15(device, *shape, *steps)
-        results["sampling"].append(sampling(subject, args.repetitions if device.type == "cuda" else min(3, args.repetitions)))
+        results["sampling"].append(sampling(subject, args.repetitions if device.type == "cuda" else min(2, args.repetitions)))
         scaled = subject if device.type == "cuda" else scaled
     else:
         results["sampling"].append(not_measured(*shape, reason))
@@ -100,6 +100,7 @@ def about(device: torch.device, repetitions: int) -> dict:
         "repetitions": f"{repetitions} after one to warm up, in turns",
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
+        "nodes": f"{MISSING}: {missing}" if (missing := nodes.why_not()) else f"in ComfyUI {nodes.version()}",
         "python": platform.python_version(),
     }
 

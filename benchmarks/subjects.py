@@ -23,6 +23,7 @@ from avdm2_nodes.diffusion.schedules import VIDEO, trailing_timesteps
 from avdm2_nodes.diffusion.stack import Stack, decode_clips, load_stack
 from avdm2_nodes.diffusion.student_file import read_student, student_unet
 from avdm2_nodes.diffusion.unets import video_predictor, without_waste
+from benchmarks import nodes
 from benchmarks.cost import SD15_UNET, SD15_VAE, STUDENT_STEPS, TEACHER_STEPS, TOKENS
 from training.sample import student_sampler, teacher_sampler
 
@@ -84,6 +85,9 @@ class Subject:
             "diffusers, teacher": self._pipeline("teacher"),
             "VAE": lambda: self.frames_of(latents),
         }
+        if nodes.why_not() is None:
+            own = without_waste(_as_in_diffusers(self.student))  # ComfyUI's layers take the place of its own
+            runs["student's node"] = nodes.student_node(own, self.text, self.clip, self.student_steps)
         if self.taesd is not None:
             runs["TAESD"] = lambda: self.frames_of(latents, fast=True)
         if self.whole:

@@ -1,0 +1,100 @@
+"""The student sampler's node inside ComfyUI, where COMFYUI_DIR names a checkout and this Python has its requirements."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel, UNetMotionModel
+from torch import Tensor
+
+from avdm2_nodes.diffusion.schedules import trailing_timesteps
+from avdm2_nodes.diffusion.student_file import Student, StudentInfo, unet_config
+
+
+def why_not() -> str | None:
+    """Why ComfyUI cannot be run here; None where it can."""
+    named = os.environ.get("COMFYUI_DIR")
+    if not named:
+        return "COMFYUI_DIR names no ComfyUI"
+    if not (Path(named) / "comfy" / "cli_args.py").is_file():
+        return f"no ComfyUI at {named}"
+    try:
+        _bridge(Path(named))
+    except ModuleNotFoundError as missing:
+        return f"this Python lacks ComfyUI's {missing.name}"
+    return None
+
+
+def version() -> str:
+    """ComfyUI's, once it is known to run."""
+    return importlib.import_module("comfyui_version").__version__
+
+
+def student_node(unet: UNetMotionModel, text: Tensor, clip: tuple[int, ...], steps: int) -> Callable[[], dict]:
+    """What the node does when it is run: from conditioning (1, L, D) and an empty latent to a LATENT of `clip` (1, C, F, h, w).
+
+    `unet` is put under ComfyUI's memory management, its layers become ComfyUI's.
+    """
+    memory, models, sampling, formats = _bridge(Path(os.environ["COMFYUI_DIR"]))
+    _, channels, frames, height, width = clip
+    patcher = memory.unet_patcher(unet, formats.SD15())
+    with torch.device("meta"):
+        architecture = UNet2DConditionModel(
+            in_channels=channels,
+            block_out_channels=unet.config.block_out_channels,
+            cross_attention_dim=text.shape[-1],
+            down_block_types=("DownBlock2D",) * len(unet.config.block_out_channels),
+            up_block_types=("UpBlock2D",) * len(unet.config.block_out_channels),
+            norm_num_groups=unet.config.norm_num_groups,
+        )
+    info = StudentInfo(
+        holds="all",
+        timesteps=tuple(trailing_timesteps(steps)),
+        frames=frames,
+        height=8 * height,
+        width=8 * width,
+        unet_config=unet_config(unet),
+        base_name="benchmark",
+        base_hash="0" * 64,
+        updates=0,
+        training_config="",
+        title="benchmark",
+        date="2026-01-01",
+        license="Apache-2.0",
+    )
+    teacher = models.Teacher(
+        name="benchmark",
+        patcher=patcher,
+        architecture=architecture,
+        base_hash=info.base_hash,
+        empty_text=torch.zeros_like(text).cpu(),
+        frames=frames,
+        image_unet=lambda: None,
+        path=None,
+        motion_path=None,
+    )
+    student = models.Student(Student(info, {}, "benchmark"), patcher, teacher)
+    latent = {"samples": torch.zeros(frames, channels, height, width)}
+
+    def run() -> dict:
+        with torch.inference_mode():
+            return sampling.student_latent(student, [[text.cpu(), {}]], latent, 0, steps, 1.0)
+
+    return run
+
+
+def _bridge(comfyui: Path) -> tuple:
+    """comfy_bridge's memory, models and sampling, and ComfyUI's latent formats."""
+    if str(comfyui) not in sys.path:
+        sys.path.insert(1, str(comfyui))  # and it stays: ComfyUI imports parts of itself when they are used
+        arguments, sys.argv = sys.argv, ["main.py"] + ([] if torch.cuda.is_available() else ["--cpu"])
+        try:
+            importlib.import_module("comfy.options").enable_args_parsing()
+            importlib.import_module("comfy.cli_args")
+        finally:
+            sys.argv = arguments
+    ours = [importlib.import_module(f"avdm2_nodes.comfy_bridge.{name}") for name in ("memory", "models", "sampling")]
+    return *ours, importlib.import_module("comfy.latent_formats")
