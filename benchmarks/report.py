@@ -63,9 +63,9 @@ def ratios(sampling: Mapping, ceiling: Mapping[str, float], clock: str = "wall")
         "student / diffusers' pipeline": over(
             *(chain_seconds(sampling, by, clock) for by in ("student", "diffusers, student"))
         ),
-        "teacher / diffusers' pipeline": over(
-            *(statistics.median(sampling["times"][by][clock]) for by in ("teacher", "diffusers, teacher"))
-        ),
+        "teacher / diffusers' pipeline": over(*(chain_seconds(sampling, by, clock) for by in ("teacher", "diffusers, teacher")))
+        if "diffusers, teacher" in sampling["times"]
+        else None,
         "student / its floor, UNet": chain_seconds(sampling, "student", clock) * ceiling[clock] / counted["student"],
         "student / its floor, frames": over(vae[1], (counted["student"] + counted["VAE"]) / ceiling[clock]),
     }

@@ -82,7 +82,6 @@ class Subject:
             "student": lambda: self.sampled("student"),
             "diffusers, student": self._pipeline("student"),
             "teacher": lambda: self.sampled("teacher"),
-            "diffusers, teacher": self._pipeline("teacher"),
             "VAE": lambda: self.frames_of(latents),
         }
         if nodes.why_not() is None:
@@ -91,6 +90,7 @@ class Subject:
         if self.taesd is not None:
             runs["TAESD"] = lambda: self.frames_of(latents, fast=True)
         if self.whole:
+            runs["diffusers, teacher"] = self._pipeline("teacher")
             runs["student, frames"] = lambda: self.frames_of(self.sampled("student"))
             runs["diffusers, student, frames"] = self._pipeline("student", frames=True)
             runs["teacher, frames"] = lambda: self.frames_of(self.sampled("teacher"))

@@ -32,7 +32,7 @@ def parts():
         "subject": "other", "frames": 8, "side": 256, "dtype": "bfloat16", "decoder dtype": "float32", "whole": False,
         "student steps": 1, "teacher steps": 1, "operations": {"student": 2e12, "teacher": 25e12, "VAE": 1e12, "TAESD": 1e11},
         "times": {
-            "student": times(1), "teacher": times(2), "diffusers, student": times(2), "diffusers, teacher": times(4),
+            "student": times(1), "teacher": times(2), "diffusers, student": times(2), "student's node": times(3),
             "VAE": times(6), "TAESD": times(1),
         },
     }  # fmt: skip
@@ -57,6 +57,7 @@ def test_ratios_from_one_step_of_each(parts):
     assert found["teacher / student, UNet"] == 12.5 and found["teacher / student, frames"] == 5.6
     assert found["teacher / student, frames by TAESD"] == 51 / 5
     assert found["student / diffusers' pipeline"] == 0.5 and found["student / its floor, frames"] == 10 / 3
+    assert found["student's node / diffusers' pipeline"] == 1.5 and found["teacher / diffusers' pipeline"] is None
 
 
 def test_the_report_says_what_was_measured_and_what_was_not(whole, parts, tmp_path):
