@@ -1,7 +1,6 @@
 """Times of things that run in turns, the speed of matrix products, and memory."""
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -72,20 +71,18 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype, repetitions: int = 
 
 def resident_bytes() -> int | None:
     """Memory of this process now; None where the system does not tell."""
-    status = Path("/proc/self/statm")
-    if not status.is_file():
-        return None
-    import resource
-
-    return int(status.read_text().split()[1]) * resource.getpagesize()
+    return _status("VmRSS")
 
 
 def peak_bytes(device: torch.device) -> int | None:
     """The most memory so far: what was allocated on a GPU, else what this process held; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if not sys.platform.startswith("linux"):
-        return None
-    import resource
+    return _status("VmHWM")  # getrusage's also knows what the process held that began this one
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def _status(key: str) -> int | None:
+    """Bytes of an entry of Linux' own account of this process."""
+    status = Path("/proc/self/status")
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.is_file() else {}
+    return int(lines[key].split()[0]) * 1024 if key in lines else None
