@@ -45,7 +45,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="seed of all randomness")
     updates: int = Field(150, ge=0, description="updates of the student by distribution matching, after the warm-up")
     batch: int = Field(8, ge=1, description="clips per update, over all processes and accumulation steps together")
-    accumulate: int = Field(1, ge=1, description="steps that a batch is cut into, to save memory")
+    accumulate: int = Field(1, ge=1, description="steps that a process cuts its part of a batch into, to save memory")
     sample_every: int = Field(50, ge=1, description="updates between sample clips")
     save_every: int = Field(25, ge=1, description="updates between checkpoints")
     keep: int = Field(3, ge=1, description="newest checkpoints to keep")
@@ -55,6 +55,9 @@ class RunConfig(Section):
     )
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto", description="of the arithmetic; auto is bf16 autocast on CUDA and on CPUs with bf16 instructions, else float32"
+    )
+    optimiser: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        "adamw", description="AdamW of all that learns; in 8 bits, and paged out to the CPU's memory too, by bitsandbytes"
     )
     attached: bool = Field(
         False, exclude=True, description="stop, with a checkpoint, when standard input ends: for programs that start this one"
@@ -210,7 +213,7 @@ class DistillConfig(BaseSettings):
 # What may change between a run and its resumption: it bears on where, how long and how fast, not on what is learnt.
 RESUMABLE_CHANGES = frozenset(
     {
-        "run.folder", "run.updates", "run.sample_every", "run.save_every", "run.keep", "run.threads", "run.device",
+        "run.folder", "run.updates", "run.accumulate", "run.sample_every", "run.save_every", "run.keep", "run.threads", "run.device",
         "data.render", "model.gradient_checkpointing",
         "evaluation.world", "evaluation.clips", "evaluation.teacher_steps", "evaluation.teacher_guidance",
     }

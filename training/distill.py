@@ -11,6 +11,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
+import contextlib
 import logging
 from datetime import UTC, datetime
 
@@ -38,47 +39,61 @@ from training.evaluation.pictures import animated, contact_sheet
 from training.evaluation.report import write_report
 from training.evaluation.rows import Bench, Gallery, steps_in_words, student_method, teacher_method
 from training.latents import LatentClips, open_clips
-from training.loop import Distillation, DivergedError, train
+from training.learner import DivergedError, OptimiserError
+from training.loop import Distillation, train
 from training.miniature import world
 from training.parent import Stop, StoppedError, never, watch
-from training.precision import DeviceError, pick_device
+from training.precision import DeviceError
+from training.processes import LostProcessError, Processes, require_equal_parts
 from training.roles import Roles, build_roles
 from training.run_folder import RunFolder, RunFolderError
 from training.video import VideoError
 
 logger = logging.getLogger("distill")
 
+STUDENT = "student.safetensors"
 SHOWN = 5  # clips a row of the pictures
 
 EXPECTED_ERRORS = (  # told in their own words
-    CheckpointError, ConfigError, DataError, DeviceError, DivergedError, RunFolderError, StackError, StoppedError, StudentFileError,
-    VideoError,
+    CheckpointError, ConfigError, DataError, DeviceError, DivergedError, LostProcessError, OptimiserError, RunFolderError,
+    StackError, StoppedError, StudentFileError, VideoError,
 )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(argv)
+    processes = Processes(config.run.device)
+    require_equal_parts(config.run, processes)
     stop = watch() if config.run.attached else never
-    with RunFolder(config.run.folder) as run:
-        distil(config, run, stop=stop)
+    with RunFolder(config.run.folder, hold=processes.main) as run:
+        distil(config, run, stop=stop, processes=processes)
+    processes.end()
 
 
-def distil(config: DistillConfig, run: RunFolder, report: bool = True, stop: Stop = never) -> Path:
-    """The whole job in an open run folder; returns the student's file. `stop` ends its training early, as `train` does."""
+def distil(
+    config: DistillConfig, run: RunFolder, report: bool = True, stop: Stop = never, processes: Processes | None = None
+) -> Path:
+    """The whole job in an open run folder; returns the student's file. `stop` ends its training early, as `train` does.
+
+    All processes of a run call it together; without `processes` this one is alone.
+    """
+    processes = processes or Processes(config.run.device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    device = pick_device(config.run.device)
+    device = processes.device
 
     stack = load_stack(config.model.teacher, config.model.motion, tokenizer=config.model.tokenizer)
     score_unet = load_image_unet(config.model.score_unet) if config.model.score_unet else None
-    if config.data.render and needs_clips(config.data.folder):
-        render_clips(config)
+    with processes.first_alone():
+        if config.data.render and needs_clips(config.data.folder):
+            render_clips(config)
     data = open_clips(config, stack, device)
+    processes.require_same("clips", data.captions)
     roles = new_roles(config, stack, score_unet).to(device)
     for part in (stack.vae, stack.text_encoder):
         part.to(device)
     heads = new_heads(config, roles, data).to(device)
-    distillation = Distillation(config, roles, heads, data.text([""]), device)
+    distillation = Distillation(config, roles, heads, data.text([""]), device, processes)
 
     gallery = new_gallery(config, stack, data.captions)
     own = student_method("student", roles.student, config.student.steps)
@@ -88,7 +103,7 @@ def distil(config: DistillConfig, run: RunFolder, report: bool = True, stop: Sto
         shown, _ = gallery.sample(own, SHOWN)
         contact_sheet({own.name: list(shown)}, gallery.prompts[: len(shown)], run.path / "samples" / f"update-{step:06d}.png")
 
-    with SummaryWriter(run.path / "tensorboard") as board:
+    with SummaryWriter(run.path / "tensorboard") if processes.main else contextlib.nullcontext() as board:
 
         def log(step: int, figures: dict) -> None:
             for name, value in figures.items():
@@ -96,6 +111,8 @@ def distil(config: DistillConfig, run: RunFolder, report: bool = True, stop: Sto
 
         train(distillation, data, run, log, show, stop)
 
+    if not processes.main:
+        return run.path / STUDENT
     path = export(config, run, stack, roles, score_unet)
     logger.info("The student is %s.", path)
     if report:
@@ -145,7 +162,7 @@ def feature_net(stack: Stack) -> VideoFeatures:
 
 def export(config: DistillConfig, run: RunFolder, stack: Stack, roles: Roles, score_unet) -> Path:
     """Writes the trained weights, as float16, and all that is known of them to `student.safetensors`."""
-    path = run.path / "student.safetensors"
+    path = run.path / STUDENT
     adapted = config.model.train == "motion+lora"
     info = StudentInfo(
         title=f"{stack.folder.name}, {len(config.student.steps)} steps",

@@ -1,13 +1,12 @@
 """The training loop of a distillation: student, fake score and discriminator heads, each on its own turn."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise, teacher_x0
@@ -15,10 +14,11 @@ from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO, Schedule
 from avdm2_nodes.diffusion.sdm import score_pair, sdm_gradient
 from training.checkpoint import Checkpoints
 from training.config import DistillConfig
-from training.data import indices
+from training.data import indices, rank_places
 from training.discriminator import DiscriminatorHeads
 from training.ema import EMA
 from training.latents import LatentClips
+from training.learner import Learner, new_optimiser
 from training.losses import (
     adm_discriminator_loss,
     adm_student_loss,
@@ -30,58 +30,12 @@ from training.losses import (
 )
 from training.parent import Stop, StoppedError, never
 from training.precision import autocast
+from training.processes import Processes
 from training.randomness import chain_steps, draw_frames, draw_timesteps, sample_generators
 from training.roles import Roles
 from training.run_folder import RunFolder, RunFolderError
 
 logger = logging.getLogger(__name__)
-
-MAX_BAD_STEPS = 5
-
-
-class DivergedError(RuntimeError):
-    """Losses or gradients stayed NaN or infinite; the message says whose and what still stands."""
-
-
-class Learner:
-    """Weights with their optimiser: gradients clipped by norm, steps that are not finite skipped and counted."""
-
-    def __init__(self, name: str, weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, clip: float):
-        self.name, self.weights, self.optimiser, self.clip = name, weights, optimiser, clip
-        self.steps = self.skipped = self.skipped_in_a_row = 0
-
-    def step(self, loss: float, lr: float | None = None) -> float:
-        """One update from the gradients that were accumulated, at `lr` if given; returns their norm.
-
-        DivergedError after `MAX_BAD_STEPS` bad ones.
-        """
-        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.clip).item()
-        if math.isfinite(norm) and math.isfinite(loss):
-            self.optimiser.param_groups[0]["lr"] = lr or self.optimiser.param_groups[0]["lr"]
-            self.optimiser.step()
-            self.steps += 1
-            self.skipped_in_a_row = 0
-        else:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-        self.optimiser.zero_grad(set_to_none=True)
-        if self.skipped_in_a_row >= MAX_BAD_STEPS:
-            raise DivergedError(
-                f"Expected finite losses and gradients, found NaN or Inf in {MAX_BAD_STEPS} updates of the {self.name} in a row; "
-                "the last checkpoint stands: lower the learning rates or the guidance and start anew in another folder."
-            )
-        return norm
-
-    def state_dict(self) -> dict:
-        counts = {"steps": self.steps, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        return counts | {"weights": self.weights, "optimiser": self.optimiser.state_dict()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        self.steps, self.skipped, self.skipped_in_a_row = state["steps"], state["skipped"], state["skipped_in_a_row"]
-        for name, weight in self.weights.items():
-            weight.copy_(state["weights"][name])
-        self.optimiser.load_state_dict(state["optimiser"])
 
 
 @dataclass
@@ -106,18 +60,24 @@ class Distillation:
     """One run's state and its three kinds of update."""
 
     def __init__(
-        self, config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, empty_text: Tensor, device: torch.device
+        self,
+        config: DistillConfig,
+        roles: Roles,
+        heads: DiscriminatorHeads,
+        empty_text: Tensor,
+        device: torch.device,
+        processes: Processes | None = None,
     ):
         self.config, self.roles, self.heads, self.empty_text, self.device = config, roles, heads, empty_text, device
-        student, sdm, adm = config.student, config.sdm, config.adm
-        adamw = torch.optim.AdamW(
-            roles.student_weights.values(), lr=student.lr, betas=student.betas, weight_decay=student.weight_decay
-        )
-        self.student = Learner("student", roles.student_weights, adamw, student.clip)
-        adamw = torch.optim.AdamW(roles.fake_weights.values(), lr=sdm.lr, betas=sdm.betas, weight_decay=0.0)
-        self.fake = Learner("fake score", roles.fake_weights, adamw, student.clip)
-        adam = torch.optim.Adam(heads.parameters(), lr=adm.lr, betas=adm.betas)
-        self.critic = Learner("discriminator", dict(heads.named_parameters()), adam, student.clip)
+        self.processes = processes or Processes("cpu")
+        student, sdm, adm, kind = config.student, config.sdm, config.adm, config.run.optimiser
+
+        def learner(name: str, weights: dict, lr: float, betas: tuple, decay: float = 0.0) -> Learner:
+            return Learner(name, weights, new_optimiser(kind, weights, lr, betas, decay), student.clip, self.processes)
+
+        self.student = learner("student", roles.student_weights, student.lr, student.betas, student.weight_decay)
+        self.fake = learner("fake score", roles.fake_weights, sdm.lr, sdm.betas)
+        self.critic = learner("discriminator", dict(heads.named_parameters()), adm.lr, adm.betas)
         self.ema = EMA(roles.student_weights, student.ema)
 
     def state_dict(self) -> dict:
@@ -218,7 +178,7 @@ class Distillation:
         """The fake score's denoising loss on frames of the student's clips, at the noise that SDM asks it about."""
         judged = self.judged(made, IMAGE, self.config.sdm.t_max)
         if not judged:
-            return torch.zeros(())
+            return torch.zeros((), device=self.device)
         share, made = len(judged) / len(made.t), made[judged]
         generators = sample_generators(made.samples, self.config.run.seed, "fake", turn)
         frames, noise, t, text = self.draw_frames(made, made.fake, generators)
@@ -229,7 +189,7 @@ class Distillation:
         """The discriminator's loss; real and student clips have the same captions, and noise and t of their own."""
         config, seed, judged = self.config.adm, self.config.run.seed, self.judged(made, VIDEO, self.config.adm.t_max)
         if not judged:
-            return torch.zeros(())
+            return torch.zeros((), device=self.device)
         share, made = len(judged) / len(made.t), made[judged]
         fake = sample_generators(made.samples, seed, "critic fake", turn)
         real = sample_generators(made.samples, seed, "critic real", turn)
@@ -270,23 +230,25 @@ class Distillation:
         config = self.config
         if step == config.warmup.updates:
             self.ema.settle()
-        batch, part = config.run.batch, config.run.batch // config.run.accumulate
+        batch = config.run.batch
+        places = rank_places(step * batch, batch, self.processes.rank, self.processes.count)
+        part = len(places) // config.run.accumulate
         trains_student = step >= config.warmup.updates or config.warmup.guidance != 1
         figures: dict[str, float] = {}
+        terms: dict[str, Tensor] = {}
         made_parts = []
-        order = indices(step * batch, batch, len(data), config.run.seed)
-        for start in range(0, batch, part):
-            real, text = data.batch(order[start : start + part])
-            samples = range(step * batch + start, step * batch + start + part)
+        for start in range(places.start, places.stop, part):
+            real, text = data.batch(indices(start, part, len(data), config.run.seed))
             with torch.set_grad_enabled(trains_student):
-                made, clips = self.make_clips(real, text, samples)
+                made, clips = self.make_clips(real, text, range(start, start + part))
             made_parts.append(made)
             if trains_student:
                 losses = self.student_losses(step, made, clips)
                 (sum(losses.values()) / config.run.accumulate).backward()
-                _add(figures, losses, config.run.accumulate)
+                _add(terms, losses, config.run.accumulate)
         if trains_student:
-            figures["student_norm"] = self.student.step(sum(figures.values()), self.student_lr(step))
+            figures, norm = self.student.step(terms, self.student_lr(step))
+            figures["student_norm"] = norm
             self.critic.optimiser.zero_grad(set_to_none=True)  # the student's loss left gradients in the heads
             self.ema.update()
         if step < min(config.warmup.critics_from, config.warmup.updates):
@@ -300,18 +262,20 @@ class Distillation:
         return figures
 
     def _critic_update(self, learner: Learner, name: str, loss_of: Callable, parts: list[Made], turn: int) -> dict[str, float]:
-        figures: dict[str, float] = {}
+        terms: dict[str, Tensor] = {}
         for made in parts:
             loss = loss_of(made, turn)
             if loss.requires_grad:  # else none of the part's clips is judged
                 (loss / len(parts)).backward()
-            _add(figures, {name: loss}, len(parts))
-        return figures | {f"{name}_norm": learner.step(figures[name])}
+            _add(terms, {name: loss}, len(parts))
+        figures, norm = learner.step(terms)
+        return figures | {f"{name}_norm": norm}
 
 
-def _add(figures: dict[str, float], terms: dict[str, Tensor], parts: int) -> None:
-    for name, term in terms.items():
-        figures[name] = figures.get(name, 0.0) + term.item() / parts
+def _add(terms: dict[str, Tensor], losses: dict[str, Tensor], parts: int) -> None:
+    for name, loss in losses.items():
+        term = loss.detach().double() / parts
+        terms[name] = terms[name] + term if name in terms else term
 
 
 def train(
@@ -326,9 +290,10 @@ def train(
 
     Goes on from the newest checkpoint in the run folder. `log` takes each step's figures, `show` is called every `sample_every`
     steps with the averaged weights in the student. After it returns the averaged weights are in the student. StoppedError, with a
-    checkpoint, after the first step at whose end `stop` says so.
+    checkpoint, after the first step at whose end `stop` says so. All processes of a run call this together; the first one alone writes,
+    logs and shows, while the others wait for it with their next update.
     """
-    config = distillation.config
+    config, processes = distillation.config, distillation.processes
     checkpoints = Checkpoints(run.path / "checkpoints", config.run.keep)
     start, seconds = 0, 0.0
     found = checkpoints.latest()
@@ -341,12 +306,14 @@ def train(
             f"Expected at most {config.run.updates} updates in {run.path}, found {start - config.warmup.updates}; "
             "raise --run.updates, or name another folder with --run.folder."
         )
-    run.start(config, start)  # refuses settings that the checkpoint does not fit
+    if processes.main:
+        run.start(config, start)  # refuses settings that the checkpoint does not fit
+    processes.require_same("checkpoint to go on from", start)
     if found:
         distillation.load_state_dict(state)
     began = time.monotonic() - seconds
     stop()  # from now on it is asked, and no update is broken off
-    with tqdm(total=total, initial=start, desc="distilling", unit="update") as bar:
+    with tqdm(total=total, initial=start, desc="distilling", unit="update", disable=not processes.main) as bar:
         for step in range(start, total):
             figures = distillation.update(step, data)
             done = step + 1
@@ -356,18 +323,20 @@ def train(
                 if x.skipped
             }
             figures |= skipped | {"seconds": round(time.monotonic() - began, 3)}
-            run.write_stats(done, figures)
-            log(done, figures)
-            bar.update()
-            bar.set_postfix(
-                {k: f"{figures[k]:.3f}" for k in ("guidance", "sdm", "adm", "fake", "critic") if k in figures} | skipped
-            )
-            stopping = done < total and stop()
-            if done % config.run.save_every == 0 or done == total or stopping:
+            if processes.main:
+                run.write_stats(done, figures)
+                log(done, figures)
+                bar.update()
+                bar.set_postfix(
+                    {k: f"{figures[k]:.3f}" for k in ("guidance", "sdm", "adm", "fake", "critic") if k in figures} | skipped
+                )
+            stopping = done < total and processes.any(stop())
+            if processes.main and (done % config.run.save_every == 0 or done == total or stopping):
                 checkpoints.save(done, distillation.state_dict() | {"seconds": time.monotonic() - began})
             if stopping:
+                processes.wait()  # where one of them ends, the launcher ends all
                 raise StoppedError(f"Stopped after update {done} of {total}; the same command goes on from there.")
-            if done % config.run.sample_every == 0 and done < total:
+            if processes.main and done % config.run.sample_every == 0 and done < total:
                 distillation.ema.swap()
                 show(done)
                 distillation.ema.swap()

@@ -19,16 +19,20 @@ class RunFolderError(RuntimeError):
 class RunFolder:
     """`with RunFolder(path, expected_bytes) as folder:` makes the folder and holds it until the end of the block.
 
+    With `hold` false it does neither: another process of the same run holds it, and this one only reads there.
+
     `expected_bytes` is what is going to be written there, `setting` what names the folder. The lock is the operating system's:
     it ends with its holder, however that dies. RunFolderError, on entering, when the folder cannot be made or written, its disk
     is too full or another process holds it.
     """
 
-    def __init__(self, path, expected_bytes: int = 0, setting: str = "--run.folder"):
-        self.path, self.expected_bytes, self.setting = Path(path), expected_bytes, setting
+    def __init__(self, path, expected_bytes: int = 0, setting: str = "--run.folder", hold: bool = True):
+        self.path, self.expected_bytes, self.setting, self.hold = Path(path), expected_bytes, setting, hold
         self._lock = self._stats = None
 
     def __enter__(self):
+        if not self.hold:
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a+b", buffering=0)
