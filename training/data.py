@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ TABLES = ("captions.csv", "captions.jsonl")
 _FILE_KEYS, _CAPTION_KEYS = ("file", "video", "path"), ("caption", "text")
 _UNFINISHED = ".unfinished"  # marks a folder that write_clips has begun and not completed
 _PROGRESS_FROM = 200  # files; checking fewer is over before a bar is read
+_PIECE = 2**16  # bytes
 
 
 class DataError(ValueError):
@@ -43,10 +45,18 @@ class Entry:
     caption: str
     span: tuple[int, int] | None = None  # where in the tar shard: first byte, bytes
 
-    @property
-    def size(self) -> int:
-        """Bytes; 0 for a file that is not there."""
-        return self.span[1] if self.span else self.path.stat().st_size if self.path.is_file() else 0
+    def fingerprint(self) -> str:
+        """A hash of the video's size, beginning, middle and end (up to 192 KiB, of all of it); "" for one that cannot be read.
+
+        Another video under the same name has another, a copy with another date has the same, and no terabyte is read through for it.
+        """
+        try:
+            first, size = self.span or (0, self.path.stat().st_size)
+            starts = (0, size // 2 - _PIECE // 2, size - _PIECE) if size > 3 * _PIECE else range(0, size, _PIECE)
+            pieces = [_read_span(self.path, (first + start, min(_PIECE, size - start))) for start in starts]
+        except OSError:
+            return ""
+        return hashlib.sha256(b"".join([str(size).encode(), *pieces])).hexdigest()
 
     def read(self, frames: int, stride: int) -> np.ndarray:
         """As `read_video`."""

@@ -23,6 +23,7 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from avdm2_nodes.diffusion.unets import video_predictor
 from training import console
 from training.cache import LatentClip, Maker, Unusable, is_cache, space_of, write_cache
 from training.config import DistillConfig, load_config
-from training.data import ClipFolder, DataError, needs_clips
+from training.data import ClipFolder, DataError, Entry, needs_clips
 from training.distill import EXPECTED_ERRORS, render_clips
 from training.latents import Encoder
 from training.precision import autocast, pick_device, uses_bf16
@@ -162,8 +163,9 @@ def _told(frames: DataLoader) -> Iterator[np.ndarray | str]:
 def encoded_videos(clips: ClipFolder, encoder: Encoder, workers: int) -> tuple[dict, Maker]:
     """(what the clips are made of, their maker): decoded by worker processes a few clips ahead, encoded one by one in their order."""
     entries = hashlib.sha256()
-    for entry in clips.entries:
-        entries.update(json.dumps([entry.name, entry.caption, entry.size]).encode())
+    with ThreadPoolExecutor(8) as pool:  # waits for the disk
+        for entry, fingerprint in zip(clips.entries, pool.map(Entry.fingerprint, clips.entries), strict=True):
+            entries.update(json.dumps([entry.name, entry.caption, fingerprint]).encode())
 
     def make(parts: Sequence[range]) -> Iterator[LatentClip | Unusable]:
         order = [i for part in parts for i in part]

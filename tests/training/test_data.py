@@ -10,6 +10,7 @@ import webdataset
 from training.data import (
     ClipFolder,
     DataError,
+    Entry,
     cover,
     epoch_order,
     find_clips,
@@ -145,7 +146,7 @@ def test_tar_shards_hold_the_clips_of_the_folder(folder, shards):
     assert packed.captions == plain.captions and not packed.skipped
     assert [entry.name for entry in packed.entries] == ["train-0.tar/a.mp4", "train-0.tar/b.mp4", "train-1.tar/c.mp4"]
     assert all(torch.equal(packed.read(i), plain.read(i)) for i in range(3))
-    assert [entry.size for entry in packed.entries] == [entry.size for entry in plain.entries]
+    assert [e.fingerprint() for e in packed.entries] == [e.fingerprint() for e in plain.entries]
 
 
 def test_tar_shards_hold_the_samples_that_webdataset_reads(shards):
@@ -258,6 +259,28 @@ def test_a_file_that_goes_bad_later(folder):
     (folder / "a.mp4").unlink()
     with pytest.raises(VideoError, match=r"a\.mp4"):
         clips.read(0)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**16, 3 * 2**16, 3 * 2**16 + 1, 2**20])
+def test_a_fingerprint_is_of_size_beginning_middle_and_end(tmp_path, size):
+    data, path = bytearray(size), tmp_path / "a.mp4"
+
+    def fingerprint(span=None):
+        path.write_bytes(data)
+        return Entry("a.mp4", path, "a", span).fingerprint()
+
+    seen = {fingerprint()}
+    places = {0, size // 2, size - 1} if size else set()
+    for place in places:
+        data[place] ^= 1
+        seen.add(fingerprint())
+        data[place] ^= 1
+    assert len(seen) == 1 + len(places) and fingerprint() in seen
+    whole = fingerprint()
+    data[:0], data[len(data) :] = b"tar", b"more"
+    assert fingerprint((3, size)) == whole and fingerprint() not in seen
+    path.unlink()
+    assert Entry("a.mp4", path, "a").fingerprint() == ""
 
 
 # ---- frames ----

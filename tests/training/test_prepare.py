@@ -302,6 +302,23 @@ def test_refusals(settings, videos, prepared, prompts, tmp_path):
     assert contents(prepared) == before
 
 
+def test_a_video_that_was_replaced_by_one_of_the_same_size_is_another_source(settings, videos, tmp_path):
+    """Name, caption, size and date of the file stay: what is in the cache is no longer of this video."""
+    folder, out = tmp_path / "videos", tmp_path / "cache"
+    shutil.copytree(videos, folder)
+    config = settings(data={"folder": str(folder)})
+    run(out, config, "--workers", "0")
+    before, video = contents(out), folder / "00001.mp4"
+    data, stat = video.read_bytes(), video.stat()
+    video.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(video, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DataError, match="prepared with another videos; "):
+        run(out, config, "--workers", "0")
+    video.write_bytes(data)  # of another date
+    run(out, config, "--workers", "0")
+    assert contents(out) == before
+
+
 def _write(path, text):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path

@@ -1,4 +1,5 @@
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,27 @@ def test_too_short(video):
         read_video(video, 17)
     with pytest.raises(VideoError, match=r"at least 22 frames.*stride 3"):
         read_video(video, 8, stride=3)
+
+
+def test_a_file_is_what_it_decodes_to_whatever_its_header_says(tmp_path, video, clip):
+    data, want = video.read_bytes(), read_video(video, 16)
+    entry = data.index(b"avc1", data.index(b"stsd")) + 28  # width and height of the sample entry (ISO/IEC 14496-12, 12.1.3)
+    length = data.index(b"mdhd") + 20  # of the track, in its time scale (likewise, 8.4.2)
+    for place, lie in ((entry, struct.pack(">HH", 640, 16)), (length, struct.pack(">I", 10**6))):
+        (tmp_path / "lies.mp4").write_bytes(data[:place] + lie + data[place + 4 :])
+        assert np.array_equal(read_video(tmp_path / "lies.mp4", 16), want)
+        with pytest.raises(VideoError, match=r"at least 17 frames.*found 16"):
+            read_video(tmp_path / "lies.mp4", 17)
+
+
+def test_a_picture_that_changes_its_size_is_refused(tmp_path, clip):
+    """Two streams of H.264 one after another, as a broken recorder leaves them: each begins with a header of its own."""
+    for name, frames in (("a", clip[:4]), ("b", clip[:4, :32])):
+        encode(tmp_path / f"{name}.h264", frames)
+    (tmp_path / "both.h264").write_bytes((tmp_path / "a.h264").read_bytes() + (tmp_path / "b.h264").read_bytes())
+    assert read_video(tmp_path / "both.h264", 4).shape == (4, 64, 64, 3)
+    with pytest.raises(VideoError, match="found several; export it again"):
+        read_video(tmp_path / "both.h264", 8)
 
 
 def test_the_colour_matrix_of_the_file_is_heeded(tmp_path):
