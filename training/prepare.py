@@ -16,6 +16,7 @@ if __name__ == "__main__":
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -95,7 +96,10 @@ def prepare(args: argparse.Namespace, config: DistillConfig) -> None:
         count, left_out = len(clips), [Unusable(*pair) for pair in clips.skipped]
         source, make = encoded_videos(clips, encoder, args.workers)
     source["precision"] = "bf16" if uses_bf16(device, config.run.precision) else "float32"
-    with RunFolder(args.out, count * _clip_bytes(config, stack, encoder) - _written_bytes(args.out), "--out"):
+    with (
+        RunFolder(args.out, count * _clip_bytes(config, stack, encoder) - _written_bytes(args.out), "--out"),
+        _told_of_workers(),
+    ):
         usable, skipped = write_cache(args.out, space, source, count, args.shard_clips, make)
     for clip in skipped:
         logger.warning("Skipped %s: %s", clip.name, clip.reason)
@@ -149,11 +153,14 @@ def _end_with_parent(worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _told(frames: DataLoader) -> Iterator[np.ndarray | str]:
-    """What the workers make; the end of one of them as DataError."""
+@contextlib.contextmanager
+def _told_of_workers() -> Iterator[None]:
+    """The end of a process that decodes as DataError. PyTorch raises it wherever this process then is: encoding, or writing a shard."""
     try:
-        yield from frames
+        yield
     except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
         raise DataError(
             f"Expected the processes that decode to go on, found: {str(error).splitlines()[0]}; "
             "lower --workers if memory is short, and give the command again: it goes on."
@@ -173,7 +180,7 @@ def encoded_videos(clips: ClipFolder, encoder: Encoder, workers: int) -> tuple[d
         frames = DataLoader(
             _Frames(clips), None, sampler=order, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=_end_with_parent
         )
-        for i, found in zip(order, _told(frames), strict=True):
+        for i, found in zip(order, frames, strict=True):
             entry = clips.entries[i]
             if isinstance(found, str):
                 yield Unusable(entry.name, found)
