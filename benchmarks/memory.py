@@ -1,0 +1,33 @@
+"""What a run would take, before it is begun: `python benchmarks/memory.py [--config FILE] [--section.key VALUE ...]`.
+
+Memory tensor by tensor and operations part by part, of one clip at a time through SD1.5 with AnimateDiff's v3, counted without numbers.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
+
+from training.config import ConfigError, load_config
+from training.cost import count_parts, meta_inputs, meta_roles, update_cost
+from training.memory_plan import in_words, memory_plan
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = load_config(argv)
+    data = config.data
+    print(f"{data.frames} frames of {data.width}x{data.height}, model.train {config.model.train}")
+    print(in_words(memory_plan(config)))
+    parts = count_parts(*meta_roles(config), meta_inputs(config))
+    for phase, matching in (("warm-up", False), ("distribution matching", True)):
+        cost = update_cost(config, parts, matching)
+        print(f"\nOperations for a clip and update of the {phase}:")
+        print("\n".join(f"{n / 1e12:8.1f} T  {name}" for name, n in (cost | {"together": sum(cost.values())}).items()))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(str(error))
