@@ -76,6 +76,11 @@ class DataConfig(Section):
     render: int | None = Field(
         None, ge=1, description="clips of the miniature world to render into the folder if it is not there"
     )
+    prompts: ProjectPath | None = Field(
+        None,
+        description="a text with a prompt a line, in place of data.folder: the teacher samples the clips that ADM takes for real",
+    )
+    clips: int = Field(256, ge=1, description="clips that the teacher samples of data.prompts")
 
 
 class ModelConfig(Section):
@@ -87,7 +92,12 @@ class ModelConfig(Section):
     )
     tokenizer: ProjectPath | None = Field(None, description="folder of CLIP's vocabulary, for a checkpoint in one file")
     score_unet: ProjectPath | None = Field(None, description="2D UNet of the real score (the style); null is the teacher's own")
-    train: Literal["all", "motion", "motion+lora"] = Field("all", description="which weights of the student are trained")
+    student: ProjectPath | None = Field(
+        None, description="finished student file that training goes on from; null begins with the teacher's weights"
+    )
+    train: Literal["all", "motion", "motion+lora", "style"] = Field(
+        "all", description="which weights of the student are trained; style: a LoRA on model.student, written as a style file"
+    )
     lora_rank: int = Field(16, ge=1, description="rank of the adapters, where there are any")
     share_base: bool = Field(False, description="all networks are adapters on one frozen base, to save memory")
     gradient_checkpointing: bool = Field(False, description="compute activations twice, to save memory")
@@ -140,6 +150,21 @@ class AdmConfig(Section):
     start_update: int = Field(0, ge=0, description="student updates before this one go without ADM")
 
 
+class StyleConfig(Section):
+    name: str | None = Field(
+        None, min_length=1, description="of the style, in its file; null is the name of its model or folder"
+    )
+    images: ProjectPath | None = Field(
+        None, description="folder of images that show the style, in place of model.score_unet: an image model learns it first"
+    )
+    motion: float = Field(
+        1.1, ge=0, description="strength of the motion modules in the transplanted student that guides the warm-up"
+    )
+    image_steps: int = Field(600, ge=1, description="steps of that image model, a LoRA on the teacher's own")
+    image_batch: int = Field(32, ge=1, description="images a step")
+    image_lr: float = Field(1e-3, gt=0, description="learning rate of that LoRA")
+
+
 class EvaluationConfig(Section):
     world: Literal["miniature"] | None = Field(
         None, description="world whose oracle measures the student; null: clips are shown, not measured"
@@ -161,6 +186,7 @@ class DistillConfig(BaseSettings):
     sdm: SdmConfig = Field(SdmConfig(), description="2D score distribution matching")
     adm: AdmConfig = Field(AdmConfig(), description="adversarial distribution matching")
     warmup: WarmupConfig = Field(WarmupConfig(), description="what comes before distribution matching")
+    style: StyleConfig = Field(StyleConfig(), description="the style that model.train style gives a finished student")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="the report at the end")
 
     @classmethod
@@ -199,6 +225,21 @@ class DistillConfig(BaseSettings):
             problems.append(
                 "model.share_base: expected false where model.train is all, found true; a base that all share stays frozen, "
                 "so train motion+lora or motion."
+            )
+        model, images = self.model, self.style.images
+        if model.train == "style" and model.student is None:
+            problems.append(
+                "model.student: expected a student file where model.train is style, found null; name the student to be restyled."
+            )
+        if model.train == "style" and (model.score_unet is None) == (images is None):
+            found = "neither" if images is None else "both"
+            problems.append(
+                f"model.score_unet, style.images: expected one of them where model.train is style, found {found}; "
+                "name an image model of the style, or a folder of images that show it."
+            )
+        if model.train != "style" and images is not None:
+            problems.append(
+                f"style.images: expected null where model.train is {model.train}, found {_portable(images)}; set model.train style."
             )
         if self.adm.weight > 0 and self.sdm.weight == 0 and self.adm.start_update > 0:
             problems.append(

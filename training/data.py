@@ -242,7 +242,7 @@ def _survey(folder: Path) -> tuple[list[Entry], list[tuple[str, str]]]:
         raise DataError(f"Expected a folder of videos at {folder}, found {'a file' if folder.exists() else 'nothing'}.")
     if (folder / _UNFINISHED).exists():
         raise DataError(f"Expected a finished folder at {folder}, found that writing it was cut short; have it written again.")
-    table = _read_table(folder)
+    table = read_table(folder)
     videos = {
         _name(folder, path): path
         for path in folder.rglob("*")
@@ -250,7 +250,7 @@ def _survey(folder: Path) -> tuple[list[Entry], list[tuple[str, str]]]:
     }
     entries, skipped = [], []
     for name, path in sorted((videos | {name: folder / name for name in table}).items()):
-        caption = table.get(name) or _caption_beside(path)
+        caption = table.get(name) or caption_beside(path)
         if caption:
             entries.append(Entry(name, path, caption))
         else:
@@ -334,14 +334,15 @@ def _read_span(path: Path, span: tuple[int, int]) -> bytes:
         return file.read(span[1])
 
 
-def _caption_beside(path: Path) -> str:
+def caption_beside(path: Path) -> str:
+    """The text in the .txt beside a file; "" where there is none that can be read."""
     try:
         return _words(path.with_suffix(".txt").read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError):
         return ""
 
 
-def _read_table(folder: Path) -> dict[str, str]:
+def read_table(folder: Path) -> dict[str, str]:
     """{path in the folder: caption} of the folder's table; {} if it has none."""
     tables = [folder / name for name in TABLES if (folder / name).exists()]
     if not tables:

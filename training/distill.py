@@ -12,6 +12,7 @@ if __name__ == "__main__":
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
 import contextlib
+import copy
 import logging
 from datetime import UTC, datetime
 
@@ -21,12 +22,22 @@ from torch.utils.tensorboard import SummaryWriter
 
 from avdm2_nodes.diffusion.stack import Stack, StackError, load_image_unet, load_stack
 from avdm2_nodes.diffusion.student_file import (
+    Student,
     StudentFileError,
     StudentInfo,
     read_student,
     student_unet,
     weights_hash,
     write_student,
+)
+from avdm2_nodes.diffusion.style import StyleError, add_change
+from avdm2_nodes.diffusion.style_file import (
+    StyleFileError,
+    StyleInfo,
+    lora_change,
+    read_style,
+    student_hash,
+    write_style,
 )
 from avdm2_nodes.diffusion.unets import Predictor, video_predictor
 from training import console
@@ -38,7 +49,8 @@ from training.evaluation.feature_net import VideoFeatures, content_hash, load_fe
 from training.evaluation.pictures import animated, contact_sheet
 from training.evaluation.report import write_report
 from training.evaluation.rows import Bench, Gallery, steps_in_words, student_method, teacher_method
-from training.latents import LatentClips, open_clips
+from training.image_style import learn_style
+from training.latents import Encoder, LatentClips, open_clips
 from training.learner import DivergedError, OptimiserError
 from training.loop import Distillation, train
 from training.miniature import world
@@ -47,16 +59,17 @@ from training.precision import DeviceError
 from training.processes import LostProcessError, Processes, require_equal_parts
 from training.roles import Roles, build_roles
 from training.run_folder import RunFolder, RunFolderError
+from training.teacher_clips import clips_for_prompts
 from training.video import VideoError
 
 logger = logging.getLogger("distill")
 
-STUDENT = "student.safetensors"
+STUDENT, STYLE = "student.safetensors", "style.safetensors"
 SHOWN = 5  # clips a row of the pictures
 
 EXPECTED_ERRORS = (  # told in their own words
     CheckpointError, ConfigError, DataError, DeviceError, DivergedError, LostProcessError, OptimiserError, RunFolderError,
-    StackError, StoppedError, StudentFileError, VideoError,
+    StackError, StoppedError, StudentFileError, StyleError, StyleFileError, VideoError,
 )  # fmt: skip
 
 
@@ -73,25 +86,27 @@ def main(argv: list[str] | None = None) -> None:
 def distil(
     config: DistillConfig, run: RunFolder, report: bool = True, stop: Stop = never, processes: Processes | None = None
 ) -> Path:
-    """The whole job in an open run folder; returns the student's file. `stop` ends its training early, as `train` does.
+    """The whole job in an open run folder; returns the student's or the style's file.
 
-    All processes of a run call it together; without `processes` this one is alone.
+    `stop` ends its training early, as `train` does. All processes of a run call it together; without `processes` this one is alone.
     """
     processes = processes or Processes(config.run.device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     device = processes.device
 
+    begun = begin_from(config)
     stack = load_stack(config.model.teacher, config.model.motion, tokenizer=config.model.tokenizer)
-    score_unet = load_image_unet(config.model.score_unet) if config.model.score_unet else None
-    with processes.first_alone():
-        if config.data.render and needs_clips(config.data.folder):
-            render_clips(config)
-    data = open_clips(config, stack, device)
-    processes.require_same("clips", data.captions)
-    roles = new_roles(config, stack, score_unet).to(device)
     for part in (stack.vae, stack.text_encoder):
         part.to(device)
+    score_unet = load_image_unet(config.model.score_unet) if config.model.score_unet else None
+    if config.style.images:
+        with processes.first_alone():
+            score_unet = learn_style(config, stack, run.path / "images", device, stop)
+    roles = new_roles(config, stack, score_unet, begun).to(device)
+    with processes.first_alone():
+        data = open_data(config, run, stack, roles, score_unet, device)
+    processes.require_same("clips", data.captions)
     heads = new_heads(config, roles, data).to(device)
     distillation = Distillation(config, roles, heads, data.text([""]), device, processes)
 
@@ -112,13 +127,44 @@ def distil(
         train(distillation, data, run, log, show, stop)
 
     if not processes.main:
-        return run.path / STUDENT
-    path = export(config, run, stack, roles, score_unet)
-    logger.info("The student is %s.", path)
+        return run.path / (STYLE if config.model.train == "style" else STUDENT)
+    if config.model.train == "style":
+        path = export_style(config, run, stack, roles, score_unet, begun)
+    else:
+        path = export(config, run, stack, roles, score_unet)
+    logger.info("The %s is %s.", path.stem, path)
     if report:
-        write_run_report(config, path, stack, roles.teacher, gallery)
+        write_run_report(config, path, stack, roles.teacher, gallery, begun)
         logger.info("Beside it: its clips and its teacher's (clips.png, clips.webp) and the figures (report.md).")
     return path
+
+
+def begin_from(config: DistillConfig) -> Student | None:
+    """The finished student that the run goes on from, if any. StudentFileError where a style's steps are not that student's."""
+    if config.model.student is None:
+        return None
+    student = read_student(config.model.student)
+    if config.model.train == "style" and student.info.timesteps != config.student.steps:
+        raise StudentFileError(
+            f"Expected student.steps as {student.name} has them, for a style leaves them as they are, found {list(config.student.steps)}; "
+            f"set {','.join(map(str, student.info.timesteps))}."
+        )
+    return student
+
+
+def open_data(
+    config: DistillConfig, run: RunFolder, stack: Stack, roles: Roles, score_unet: UNet2DConditionModel | None, device
+) -> LatentClips:
+    """The clips that the settings name: `data.prompts`, for which the teacher makes them, or `data.folder`."""
+    if config.data.prompts:
+        encoder = Encoder(stack, device, config.run.precision)
+        styled = config.model.train == "style"
+        backbone = weights_hash(score_unet if styled else stack.image_unet)
+        teacher_hash = f"{backbone} with {weights_hash(stack.motion)}"
+        return clips_for_prompts(config, run.path / "clips", roles.teacher, teacher_hash, encoder)
+    if config.data.render and needs_clips(config.data.folder):
+        render_clips(config)
+    return open_clips(config, stack, device)
 
 
 def render_clips(config: DistillConfig) -> None:
@@ -130,7 +176,9 @@ def render_clips(config: DistillConfig) -> None:
     write_clips(config.data.folder, tqdm(frames, "rendering clips", config.data.render), world.FPS)
 
 
-def new_roles(config: DistillConfig, stack: Stack, score_unet: UNet2DConditionModel | None) -> Roles:
+def new_roles(
+    config: DistillConfig, stack: Stack, score_unet: UNet2DConditionModel | None, begun: Student | None = None
+) -> Roles:
     """The networks that a run's settings ask for."""
     return build_roles(
         stack,
@@ -140,6 +188,8 @@ def new_roles(config: DistillConfig, stack: Stack, score_unet: UNet2DConditionMo
         lora_rank=config.model.lora_rank,
         gradient_checkpointing=config.model.gradient_checkpointing,
         seed=config.run.seed,
+        student=begun,
+        motion_strength=config.style.motion,
     )
 
 
@@ -188,6 +238,28 @@ def export(config: DistillConfig, run: RunFolder, stack: Stack, roles: Roles, sc
     return path
 
 
+def export_style(
+    config: DistillConfig, run: RunFolder, stack: Stack, roles: Roles, style: UNet2DConditionModel, student: Student
+) -> Path:
+    """Writes the trained LoRA, as float16, and all that is known of it to `style.safetensors`."""
+    path, name = run.path / STYLE, config.style.name or (config.style.images or config.model.score_unet).stem
+    info = StyleInfo(
+        name=name,
+        hash=weights_hash(style),
+        student_name=student.info.title,
+        student_hash=student_hash(student),
+        lora_rank=config.model.lora_rank,
+        lora_alpha=config.model.lora_rank,
+        updates=config.warmup.updates + config.run.updates,
+        training_config=to_yaml(config),
+        title=f"{name} for {student.info.title}",
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        license=licence_of(stack),
+    )
+    write_style(path, {name: tensor.half() for name, tensor in roles.student_weights.items()}, info)
+    return path
+
+
 def licence_of(stack: Stack) -> str:
     """The licence that a stack's folder states in a LICENSE file's first line; SD1.5's where it states none."""
     path = stack.folder / "LICENSE"
@@ -203,15 +275,23 @@ def new_gallery(config: DistillConfig, stack: Stack, captions: list[str]) -> Gal
     return Bench(stack, feature_net(stack), config.evaluation.clips, precision=precision)
 
 
-def write_run_report(config: DistillConfig, student_file: Path, stack: Stack, teacher: Predictor, gallery: Gallery) -> None:
-    """Shows the student, as its file has it, beside its teacher: clips.png and clips.webp.
+def write_run_report(
+    config: DistillConfig, file: Path, stack: Stack, teacher: Predictor, gallery: Gallery, begun: Student | None = None
+) -> None:
+    """Shows the student, as its file has it (a style's on the student it was trained on), beside its teacher: clips.png and clips.webp.
 
     Where the gallery is a bench it is measured too: report.json and report.md.
     """
-    folder, steps, guidance = student_file.parent, config.evaluation.teacher_steps, config.evaluation.teacher_guidance
-    few = len(config.student.steps)
-    student = student_unet(read_student(student_file), stack.image_unet).to(gallery.device)
+    folder, steps, guidance = file.parent, config.evaluation.teacher_steps, config.evaluation.teacher_guidance
+    few, styled = len(config.student.steps), config.model.train == "style"
+    student = student_unet(begun if styled else read_student(file), stack.image_unet).to(gallery.device)
+    before = []
+    if styled:
+        unstyled = copy.deepcopy(student)
+        before = [student_method(f"student {steps_in_words(few)}, unstyled", video_predictor(unstyled), config.student.steps)]
+        add_change(student, {k: v.to(gallery.device) for k, v in lora_change(read_style(file)).items()}, 1.0)
     methods = [
+        *before,
         teacher_method(f"teacher {steps_in_words(steps)}", teacher, stack, steps, guidance),
         teacher_method(f"teacher {steps_in_words(few)}, no guidance", teacher, stack, few, 1.0),
         student_method(f"teacher {steps_in_words(few)}, as a student", teacher, config.student.steps),

@@ -1,5 +1,6 @@
 """Captioned clips in model space, as the training loop asks for them."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -48,10 +49,21 @@ class EncodedClips:
         return self._latents[index], self.encoder.text(self.captions[index])
 
 
-class LatentClips:
-    """Batches of captioned clips in model space on a device, from videos or from a cache of them."""
+class Prompts:
+    """Captions alone, for losses that look at no clip but the student's: in place of a clip there are zeros."""
 
-    def __init__(self, source: EncodedClips | Cache, encoder: Encoder):
+    def __init__(self, captions: list[str], shape: Sequence[int], encoder: Encoder):
+        self.captions, self.encoder, self.clip = captions, encoder, torch.zeros(*shape)
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """(zeros (C, F, h, w), text embedding (L, D)), float32 on the CPU."""
+        return self.clip, self.encoder.text(self.captions[index])
+
+
+class LatentClips:
+    """Batches of captioned clips in model space on a device, from videos, from a cache, or of captions alone."""
+
+    def __init__(self, source: EncodedClips | Cache | Prompts, encoder: Encoder):
         self.source, self.encoder = source, encoder
 
     def __len__(self) -> int:

@@ -142,11 +142,11 @@ class Distillation:
             return self.heads(self.roles.encoder(x_t, t, text))
 
     def guidance(self, made: Made, clips: Tensor) -> Tensor:
-        """The loss that teaches the student what the guided teacher makes of its states, on the way to the next step."""
+        """The loss that teaches the student what its guide, with CFG, makes of its states, on the way to the next step."""
         warmup = self.config.warmup
         with self.autocast():
             guided_x0 = teacher_x0(
-                self.roles.teacher, made.x_t, made.t, made.next_t, made.text, self.empty_text, warmup.guidance, warmup.substeps
+                self.roles.guide, made.x_t, made.t, made.next_t, made.text, self.empty_text, warmup.guidance, warmup.substeps
             )
         return guidance_loss(clips, guided_x0)
 

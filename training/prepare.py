@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from avdm2_nodes.diffusion.samplers import draw_noise, sample_teacher
 from avdm2_nodes.diffusion.stack import Stack, load_stack
 from avdm2_nodes.diffusion.student_file import weights_hash
 from avdm2_nodes.diffusion.unets import video_predictor
@@ -40,10 +39,10 @@ from training.config import DistillConfig, load_config
 from training.data import ClipFolder, DataError, Entry, needs_clips
 from training.distill import EXPECTED_ERRORS, render_clips
 from training.latents import Encoder
-from training.precision import autocast, pick_device, uses_bf16
-from training.randomness import sample_generators
+from training.precision import pick_device, uses_bf16
 from training.run_folder import RunFolder
 from training.sample import between
+from training.teacher_clips import read_prompts, sampled_clips
 from training.video import VideoError
 
 logger = logging.getLogger("prepare")
@@ -90,7 +89,8 @@ def prepare(args: argparse.Namespace, config: DistillConfig) -> None:
     left_out: list[Unusable] = []
     if prompts:
         count, space["stride"] = args.clips or len(prompts), None
-        source, make = sampled_clips(config, stack, encoder, prompts)
+        torch.nn.Module.to(stack.teacher, device)  # diffusers' own `to` warns of parts that this UNet does not have
+        source, make = sampled_clips(config, video_predictor(stack.teacher), weights_hash(stack.teacher), encoder, prompts)
     else:
         clips = open_videos(config)
         count, left_out = len(clips), [Unusable(*pair) for pair in clips.skipped]
@@ -188,60 +188,6 @@ def encoded_videos(clips: ClipFolder, encoder: Encoder, workers: int) -> tuple[d
                 yield LatentClip(entry.name, entry.caption, encoder.clip(torch.from_numpy(found)), encoder.text(entry.caption))
 
     return {"kind": "videos", "videos": entries.hexdigest()}, make
-
-
-# ---- from the teacher ----
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not blank. DataError where it cannot be read or has none."""
-    try:
-        prompts = [" ".join(line.split()) for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        cause = getattr(error, "strerror", None) or "another encoding than UTF-8"
-        raise DataError(f"Expected a text of prompts at {path}, found: {cause}; give another after --prompts.") from error
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise DataError(f"Expected a prompt a line in {path}, found none; write some.")
-    return prompts
-
-
-def sampled_clips(config: DistillConfig, stack: Stack, encoder: Encoder, prompts: Sequence[str]) -> tuple[dict, Maker]:
-    """(what the clips are made of, their maker): clip i shows prompt i, then the first again, from a generator of its own.
-
-    As many at once as a training step takes, never over the bounds of a part.
-    """
-    data, run, steps = config.data, config.run, config.evaluation.teacher_steps
-    guidance, at_once, device = config.evaluation.teacher_guidance, config.run.batch // config.run.accumulate, encoder.device
-    shape = stack.vae.config.latent_channels, data.frames, data.height // stack.pixels, data.width // stack.pixels
-    torch.nn.Module.to(stack.teacher, device)  # diffusers' own `to` warns of parts that this UNet does not have
-    teacher, empty = video_predictor(stack.teacher), encoder.text("")[None].to(device)
-
-    def make(parts: Sequence[range]) -> Iterator[LatentClip | Unusable]:
-        for part in parts:
-            for start in range(part.start, part.stop, at_once):
-                samples = range(start, min(start + at_once, part.stop))
-                captions = [prompts[i % len(prompts)] for i in samples]
-                texts = [encoder.text(caption) for caption in captions]
-                noise = draw_noise((len(samples), *shape), sample_generators(samples, run.seed, "teacher clip"), device)
-                with autocast(device, run.precision):
-                    clips = sample_teacher(teacher, noise, torch.stack(texts).to(device), empty, steps, guidance)
-                for i, caption, clip, text in zip(samples, captions, clips.float().cpu(), texts, strict=True):
-                    if clip.isfinite().all():
-                        yield LatentClip(f"clip {i}", caption, clip, text)
-                    else:
-                        yield Unusable(f"clip {i}", f"Expected finite numbers from the teacher for {caption!r}, found others.")
-
-    source = {
-        "kind": "teacher",
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "teacher": weights_hash(stack.teacher),
-        "steps": steps,
-        "guidance": guidance,
-        "seed": run.seed,
-        "at_once": at_once,
-    }
-    return source, make
 
 
 # ---- room ----

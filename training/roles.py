@@ -8,17 +8,18 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNetMotionModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from avdm2_nodes.diffusion.stack import Stack, StackError
-from avdm2_nodes.diffusion.student_file import unet_config
+from avdm2_nodes.diffusion.student_file import Student, StudentFileError, require_base, student_unet, unet_config
+from avdm2_nodes.diffusion.style import add_change, style_change
 from avdm2_nodes.diffusion.unets import (
     Predictor,
     encoder_features,
@@ -43,6 +44,7 @@ class Roles:
     """What the losses call, and what the optimisers move (`trained`, by name, of the student and of the fake score)."""
 
     teacher: Predictor
+    guide: Predictor  # whose guided x0 the student learns in the warm-up: the teacher, or for a style a better one
     student: Predictor
     encoder: Encoder
     real_score: Predictor
@@ -119,12 +121,16 @@ def build_roles(
     lora_rank: int = 16,
     gradient_checkpointing: bool = False,
     seed: int = 0,
+    student: Student | None = None,
+    motion_strength: float = 1.0,
 ) -> Roles:
     """The roles of a run, from frozen float32 weights in `stack` (the teacher) and `score_unet` (the real score, if another).
 
     `train`: "all" weights of student and fake score, each a copy; "motion" modules only, or "motion+lora": motion modules and
     LoRA on the spatial layers; with both the fake score is a LoRA on the real score. `share_base` puts those adapters on one copy of
-    the spatial weights. Raises ValueError for share_base with "all", StackError for a score UNet of other latents or texts.
+    the spatial weights. The student begins as the teacher, or as a finished `student`; with "style" it is that one, frozen, with
+    LoRA on its spatial layers (see `_restyled`). Raises ValueError for share_base with "all", StackError for a score UNet of other
+    latents or texts, StudentFileError for a student of another base or of weights that are not those to be trained.
     """
     score_unet = score_unet or stack.image_unet
     for key in ("in_channels", "cross_attention_dim"):
@@ -134,13 +140,29 @@ def build_roles(
                 f"Expected a score UNet with {key} {expected}, as the teacher's image UNet has, found {found}; "
                 "choose one of the same latent space and text encoder."
             )
+    if share_base and train == "all":
+        raise ValueError("Expected adapters on a shared base, found train: all; train motion+lora or motion, or share no base.")
+    if train == "style":
+        return _restyled(student, stack, score_unet, share_base, lora_rank, gradient_checkpointing, seed, motion_strength)
     if train == "all":
-        if share_base:
-            raise ValueError(
-                "Expected adapters on a shared base, found train: all; train motion+lora or motion, or share no base."
-            )
-        return _copies(stack, score_unet, gradient_checkpointing)
+        roles = _copies(stack, score_unet, gradient_checkpointing)
+    else:
+        roles = _adapted(train, stack, score_unet, share_base, lora_rank, gradient_checkpointing, seed)
+    if student is not None:
+        _begin_as(student, roles, stack, train)
+    return roles
 
+
+def _adapted(
+    train: str,
+    stack: Stack,
+    score_unet: UNet2DConditionModel,
+    share_base: bool,
+    lora_rank: int,
+    gradient_checkpointing: bool,
+    seed: int,
+) -> Roles:
+    """ "motion" and "motion+lora"."""
     teacher = video_unet(stack.image_unet, stack.motion).requires_grad_(False).eval()
     base = teacher if share_base else copy.deepcopy(teacher)
     student = with_own_motion(base, stack.motion).eval()
@@ -157,26 +179,99 @@ def build_roles(
     fake = real if share_base else copy.deepcopy(score_unet)
     fake_weights = score_adapters.add(fake, "fake", lora_rank, seed)
 
-    for module in (teacher, student, spatial, real, fake):
+    adapter = "student" if train == "motion+lora" else None
+    return _with_adapters(
+        (teacher, video_adapters), (student, video_adapters, adapter), (real, score_adapters), fake,
+        student_weights, fake_weights, gradient_checkpointing,
+    )  # fmt: skip
+
+
+def _with_adapters(
+    teacher: tuple[UNetMotionModel, Adapters],
+    student: tuple[UNetMotionModel, Adapters, str | None],
+    real: tuple[UNet2DConditionModel, Adapters],
+    fake: UNet2DConditionModel,
+    student_weights: dict[str, nn.Parameter],
+    fake_weights: dict[str, nn.Parameter],
+    gradient_checkpointing: bool,
+) -> Roles:
+    """Roles of UNets, each with the adapters in its layers: none acts in teacher, encoder and real score."""
+    (teacher, teacher_adapters), (student, student_adapters, adapter), (real, score_adapters) = teacher, student, real
+    modules = [teacher, student, real, fake]
+    for module in modules:
         module.requires_grad_(False)
     for parameter in (*student_weights.values(), *fake_weights.values()):
         parameter.requires_grad_(True)
     if gradient_checkpointing:
-        checkpoint_layers([teacher, student, real, fake], [video_adapters, score_adapters])
-
-    student_adapter = "student" if train == "motion+lora" else None
+        checkpoint_layers(modules, [student_adapters, score_adapters])
     return Roles(
-        teacher=video_adapters.bind(None, video_predictor(teacher)),
-        student=video_adapters.bind(student_adapter, video_predictor(student)),
-        encoder=video_adapters.bind(None, lambda x_t, t, text: encoder_features(teacher, x_t, t, text)),
+        teacher=teacher_adapters.bind(None, video_predictor(teacher)),
+        guide=teacher_adapters.bind(None, video_predictor(teacher)),
+        student=student_adapters.bind(adapter, video_predictor(student)),
+        encoder=teacher_adapters.bind(None, lambda x_t, t, text: encoder_features(teacher, x_t, t, text)),
         real_score=score_adapters.bind(None, image_predictor(real)),
         fake_score=score_adapters.bind("fake", image_predictor(fake)),
         student_weights=student_weights,
         fake_weights=fake_weights,
         student_positions=_positions(student),
         student_config=unet_config(student),
-        modules=[teacher, student, real, fake],
+        modules=modules,
     )
+
+
+def _restyled(
+    student: Student,
+    stack: Stack,
+    style: UNet2DConditionModel,
+    share_base: bool,
+    lora_rank: int,
+    gradient_checkpointing: bool,
+    seed: int,
+    motion_strength: float,
+) -> Roles:
+    """ "style": LoRA on a finished student's spatial layers; teacher and both scores stand on the style backbone.
+
+    The guide is the student transplanted onto that backbone, its motion modules at `motion_strength`: there they move things better
+    than the teacher's own, and a little too slowly. The LoRA begins as what it can hold of the transplant.
+    """
+    change = style_change(stack.image_unet, style)
+    own, guide = student_unet(student, stack.image_unet), student_unet(student, stack.image_unet)
+    add_change(guide, change, 1.0)
+    with torch.no_grad():
+        for name, weight in guide.named_parameters():
+            if "motion_modules" in name and ".proj_out." in name:
+                weight *= motion_strength
+    adapters, score_adapters = Adapters(), Adapters()
+    student_weights = adapters.add(share_spatial_layers(own, stack.image_unet), "student", lora_rank, seed)
+    begin_with(student_weights, change)
+    teacher = video_unet(style, stack.motion).eval()
+    real = share_spatial_layers(teacher, style) if share_base else copy.deepcopy(style)
+    fake = real if share_base else copy.deepcopy(style)
+    fake_weights = score_adapters.add(fake, "fake", lora_rank, seed)
+    roles = _with_adapters(
+        (teacher, score_adapters), (own, adapters, "student"), (real, score_adapters), fake,
+        student_weights, fake_weights, gradient_checkpointing,
+    )  # fmt: skip
+    return replace(roles, guide=video_predictor(guide), modules=[*roles.modules, guide])
+
+
+@torch.no_grad()
+def begin_with(lora: dict[str, nn.Parameter], change: dict[str, Tensor]) -> None:
+    """Sets LoRA (alpha = rank) to the nearest to a change of the weights that its rank can hold (Eckart & Young, 1936)."""
+    for key, down in lora.items():
+        if key.endswith(".lora_A.weight"):
+            module = key.removesuffix(".lora_A.weight")
+            matrix = change[f"{module}.weight"].flatten(1).double()
+            if not matrix.any():
+                continue
+            # The largest singular pairs by the small Gram matrix: quicker than an SVD where a kernel has many inputs.
+            squares, left = torch.linalg.eigh(matrix @ matrix.T)
+            squares, left = squares[-len(down) :].clamp(min=0), left[:, -len(down) :]
+            root = squares.sqrt().sqrt().clamp(min=1e-12)
+            up = lora[f"{module}.lora_B.weight"]
+            rank = left.shape[1]  # of a layer with fewer outputs than the LoRA's rank, these
+            up.flatten(1)[:, :rank] = left * root
+            down.flatten(1)[:rank] = (left / root).T @ matrix
 
 
 def _copies(stack: Stack, score_unet: UNet2DConditionModel, gradient_checkpointing: bool) -> Roles:
@@ -187,6 +282,7 @@ def _copies(stack: Stack, score_unet: UNet2DConditionModel, gradient_checkpointi
         checkpoint_layers([teacher, student, real, fake], [])
     return Roles(
         teacher=video_predictor(teacher),
+        guide=video_predictor(teacher),
         student=video_predictor(student),
         encoder=lambda x_t, t, text: encoder_features(teacher, x_t, t, text),
         real_score=image_predictor(real),
@@ -197,6 +293,33 @@ def _copies(stack: Stack, score_unet: UNet2DConditionModel, gradient_checkpointi
         student_config=unet_config(student),
         modules=[teacher, student, real, fake],
     )
+
+
+def _begin_as(student: Student, roles: Roles, stack: Stack, train: str) -> None:
+    """Puts a finished student's weights into those that are trained. StudentFileError where they are not the same ones."""
+    require_base(student, stack.image_unet)
+    info, ours = student.info, roles.student_weights | roles.student_positions
+    if train == "all":
+        unet = student_unet(student, stack.image_unet)
+        begin = dict(unet.named_parameters()) | _positions(unet)
+    else:
+        if info.holds not in (train, "motion"):
+            raise StudentFileError(
+                f"Expected in {student.name} the weights that model.train {train} trains, found {info.holds}; set model.train {info.holds}."
+            )
+        begin = dict(student.tensors)
+        for name, tensor in student.tensors.items():
+            if ".lora_B." in name:  # the adapters' alpha is their rank
+                begin[name] = tensor * (info.lora_alpha / info.lora_rank)
+    wrong = [name for name, tensor in begin.items() if name not in ours or ours[name].shape != tensor.shape]
+    if wrong:
+        raise StudentFileError(
+            f"Expected in {student.name} weights of this run's student, found {len(wrong)} of others (such as {min(wrong)}); "
+            f"use its motion modules and, where it has LoRA, model.lora_rank {info.lora_rank}."
+        )
+    with torch.no_grad():
+        for name, tensor in begin.items():
+            ours[name].copy_(tensor)
 
 
 def _positions(unet: nn.Module) -> dict[str, Tensor]:

@@ -146,15 +146,18 @@ def require_student(style: StyleFile, student: Student) -> None:
 
 def lora_change(style: StyleFile) -> dict[str, Tensor]:
     """What the style adds to the student's weights at strength 1, by their names: alpha / rank B A, float32."""
+    return lora_products(style.tensors, style.info.lora_alpha / style.info.lora_rank)
+
+
+def lora_products(tensors: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
+    """scale B A of each pair `<module>.lora_A.weight`, `<module>.lora_B.weight`, float32, under `<module>.weight`."""
     change = {}
-    for key, down in style.tensors.items():
+    for key, down in tensors.items():
         if key.endswith(".lora_A.weight"):
             module = key.removesuffix(".lora_A.weight")
-            up = style.tensors[f"{module}.lora_B.weight"].float()  # of a convolution 1 x 1, so its product is a matrix's
+            up = tensors[f"{module}.lora_B.weight"].float()  # of a convolution 1 x 1, so its product is a matrix's
             product = up.flatten(1) @ down.float().flatten(1)
-            change[f"{module}.weight"] = (
-                style.info.lora_alpha / style.info.lora_rank * product.reshape(len(up), *down.shape[1:])
-            )
+            change[f"{module}.weight"] = scale * product.reshape(len(up), *down.shape[1:])
     return change
 
 

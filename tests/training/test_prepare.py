@@ -15,7 +15,7 @@ import webdataset
 
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_teacher
 from avdm2_nodes.diffusion.unets import video_predictor
-from training import distill, prepare
+from training import distill, prepare, teacher_clips
 from training.cache import Cache, is_cache, space_of
 from training.config import ROOT, ConfigError, load_config, to_yaml
 from training.data import ClipFolder, DataError, write_clips
@@ -200,7 +200,7 @@ def test_the_teachers_clips_are_those_of_its_sampler(stack, settings, prompts, t
 def test_the_teachers_clips_go_on_where_they_were(settings, prompts, tmp_path, monkeypatch):
     arguments = settings(), "--prompts", prompts, "--clips", "6"
     run(tmp_path / "whole", *arguments)
-    sample, calls = prepare.sample_teacher, []
+    sample, calls = teacher_clips.sample_teacher, []
 
     def interrupted(*args):
         calls.append(args)
@@ -208,7 +208,7 @@ def test_the_teachers_clips_go_on_where_they_were(settings, prompts, tmp_path, m
             raise KeyboardInterrupt
         return sample(*args)
 
-    monkeypatch.setattr(prepare, "sample_teacher", interrupted)
+    monkeypatch.setattr(teacher_clips, "sample_teacher", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cache", *arguments)
     run(tmp_path / "cache", *arguments)

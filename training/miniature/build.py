@@ -19,17 +19,18 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
+from avdm2_nodes.diffusion.schedules import VIDEO
 from avdm2_nodes.diffusion.stack import decode_clips, encode_clips, load_image_unet, load_motion, load_stack, load_vae
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor, video_unet
 from training.checkpoint import write_atomically
 from training.data import ClipFolder, needs_clips, write_clips
 from training.evaluation import feature_net
+from training.image_style import dropped, image_losses
 from training.miniature import world
 from training.miniature.models import new_image_unet, new_motion_adapter, new_text_encoder, write_tokenizer
-from training.miniature.stage import KernelMuon, adamw, run_stage
 from training.miniature.vae import crop_where_colourful, new_vae, preview_colours, vae_losses
 from training.precision import autocast
+from training.stage import KernelMuon, adamw, run_stage
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 CLIPS = {"plain": 4096, "neon": 3072}
 FEATURE_CLIPS = {False: 1741, True: 307}  # of each style, for the feature net: seen and held-out combinations
-CAPTION_DROP = 0.1  # share of captions replaced by the empty one, which guidance needs (Ho & Salimans, arXiv 2207.12598)
 
 
 @dataclass(frozen=True)
@@ -192,29 +192,6 @@ def encoded_clips(work: Path, stack: Path, style: str) -> tuple[Tensor, list[str
     return load_file(cache)["latents"], ClipFolder(work / "clips" / style, world.FRAMES, world.SIDE, world.SIDE).captions
 
 
-def dropped(captions: list[str], generator: torch.Generator) -> list[str]:
-    keep = torch.rand(len(captions), generator=generator) >= CAPTION_DROP
-    return [caption if kept else "" for caption, kept in zip(captions, keep.tolist(), strict=True)]
-
-
-def image_losses(latents: Tensor, captions: list[str], encode_text, unet, batch: int = 64):
-    """The loss function of an image stage: epsilon-MSE on single frames, image schedule, t uniform."""
-    predict = image_predictor(unet)
-
-    def losses(step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        clips = torch.randint(len(latents), (batch,), generator=generator)
-        frames = torch.randint(latents.shape[2], (batch,), generator=generator)
-        x0 = latents[clips, :, frames].contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(x0.shape, generator=generator)
-        t = torch.randint(0, 1000, (batch,), generator=generator)
-        with autocast(CPU):
-            text = encode_text(dropped([captions[i] for i in clips.tolist()], generator))
-            eps = predict(IMAGE.diffuse(x0, noise, t), t, text)
-        return {"loss": (eps - noise).square().mean()}
-
-    return losses
-
-
 def build_image(turn: Round) -> dict:
     """Text encoder and image UNet, trained together on plain frames."""
     stack = turn.stack
@@ -232,7 +209,7 @@ def build_image(turn: Round) -> dict:
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
         return both["text"](tokens.input_ids).last_hidden_state
 
-    losses = image_losses(latents, captions, encode_text, unet)
+    losses = image_losses(latents, captions, encode_text, image_predictor(unet))
     figures = turn.train(both, losses, muon_and_adamw(unet, text_encoder, lr=turn.lr), ema_decay=0.998)
     save_half(text_encoder, stack / "text_encoder")
     save_half(unet, stack / "unet")
@@ -244,7 +221,7 @@ def build_style(turn: Round) -> dict:
     latents, captions = encoded_clips(turn.work, turn.stack, "neon")
     parts, folder = load_stack(turn.stack, with_motion=False), turn.stack / "styles" / "neon"
     unet = (load_image_unet(folder) if turn.again else parts.image_unet).requires_grad_(True)
-    losses = image_losses(latents, captions, parts.encode_text, unet)
+    losses = image_losses(latents, captions, parts.encode_text, image_predictor(unet))
     figures = turn.train(unet, losses, muon_and_adamw(unet, lr=turn.lr), ema_decay=0.998)
     save_half(unet, folder)
     return figures

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.miniature.stage import KernelMuon, adamw, run_stage, warmup_cosine
+from training.stage import KernelMuon, adamw, run_stage, warmup_cosine
 
 
 def net_and_optimisers():

@@ -1,4 +1,4 @@
-"""One stage of the miniature's training: a plain supervised loop that resumes exactly where it stopped."""
+"""A stage of supervised training, such as an image model's: a plain loop that resumes exactly where it stopped."""
 
 import json
 import logging
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from training.checkpoint import Checkpoints
 from training.ema import EMA
+from training.parent import Stop, StoppedError, never
 from training.randomness import keyed_generator
 
 logger = logging.getLogger(__name__)
@@ -55,11 +56,14 @@ def run_stage(
     ema_decay: float,
     clip: float = 1.0,
     save_every: int = 200,
+    log_every: int = 50,
+    stop: Stop = never,
 ) -> dict:
     """Trains the parameters of `module` that require a gradient; leaves the averaged weights in it and returns the run's figures.
 
     `loss_of(step, generator)` gives the losses of one step, the first of which is minimised. Every learning rate is warmed up to
     the one that its optimiser was made with, then follows a cosine. Figures go to `folder/NAME/log.jsonl`, checkpoints beside them.
+    StoppedError, with a checkpoint, after the first step at whose end `stop` says so.
     """
     folder = folder / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,13 +104,16 @@ def run_stage(
             for key, value in losses.items():
                 sums[key] = sums.get(key, 0.0) + float(value.detach())
             bar.update()
-            if (step + 1) % 50 == 0:
-                means = {key: round(total / 50, 5) for key, total in sums.items()}
+            if (step + 1) % log_every == 0:
+                means = {key: round(total / log_every, 5) for key, total in sums.items()}
                 sums = {}
                 log.write(json.dumps({"step": step + 1, "seconds": round(seconds + time.time() - began, 1), **means}) + "\n")
                 log.flush()
                 bar.set_postfix(means)
-            if (step + 1) % save_every == 0 or step + 1 == steps:
+            stopping = step + 1 < steps and stop()
+            if (step + 1) % save_every == 0 or step + 1 == steps or stopping:
                 save(step + 1)
+            if stopping:
+                raise StoppedError(f"Stopped after step {step + 1} of {steps} of {name}; the same command goes on from there.")
     ema.swap()
     return {"steps": steps, "seconds": round(seconds + time.time() - began, 1)}
