@@ -238,7 +238,7 @@ def test_what_does_not_fit_is_refused_in_words(settings, student, stack, work, m
         with pytest.raises(kind, match=said):
             train(settings(), tmp_path / "refused", *arguments)
         assert not (tmp_path / "refused" / "style.safetensors").exists()
-    with pytest.raises(StudentFileError, match="set model.train all"):
+    with pytest.raises(StudentFileError, match=r"set model\.train all"):
         build_roles(stack, train="motion", student=student)
 
 
