@@ -95,6 +95,7 @@ def make_config():
         "sdm": {"lr": 1e-3, "updates_per_student": 1},
         "adm": {"lr": 1e-3, "updates_per_student": 1},
         "warmup": {"updates": 0},
+        "style": {"image_steps": 4, "image_batch": 2},
         "evaluation": {"clips": 6, "teacher_steps": 1},
     }
 

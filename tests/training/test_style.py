@@ -47,7 +47,6 @@ def settings(work, stack_folder, make_config):
             "student": {"steps": [999, 499]},
             "warmup": {"updates": 1, "substeps": 1},
             "adm": {"weight": 0},
-            "style": {"image_steps": 4, "image_batch": 2},
             "evaluation": {"teacher_steps": 2, "world": None},
         }  # fmt: skip
         for name, values in changes.items():
@@ -190,7 +189,7 @@ def test_from_images_alone_stopped_and_resumed(settings, student, work):
     whole = train(config, work / "from-images", *arguments)
     assert whole.info.name == "images"
     assert json.loads((work / "from-images" / "images" / "settings.json").read_text())["steps"] == 4
-    with pytest.raises(StoppedError, match="step 1 of 4 of images"):
+    with pytest.raises(StoppedError, match="step 2 of 4 of images"):
         train(config, work / "images-stopped", *arguments, stop=stop_after(1))
     again = train(config, work / "images-stopped", *arguments)
     assert all(torch.equal(whole.tensors[name], again.tensors[name]) for name in again.tensors)
