@@ -23,6 +23,7 @@ NODES = {  # from which workflow the picture of a node on its help page is
     "AVDM2SaveStudent": ("miniature_text_to_video", "save_student"),
     "AVDM2TeacherSampler": ("miniature_teacher_and_student", "teacher_sampler"),
     "AVDM2StyleTransfer": ("miniature_style_transfer", "style_transfer"),
+    "AVDM2StyleTraining": ("miniature_style_training", "style_training"),
 }
 IN_README = {"miniature_text_to_video": 640, "miniature_teacher_and_student": 820}  # the page's height
 WIDTH, MARGIN = 1200, 15  # of a workflow's picture in the template browser

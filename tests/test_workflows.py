@@ -39,6 +39,7 @@ FOLDERS = {  # our widgets that name a file of ComfyUI's models folder
     ("AVDM2TeacherLoader", "checkpoint"): "checkpoints",
     ("AVDM2TeacherLoader", "motion_module"): "animatediff_models",
     ("AVDM2StudentLoader", "student"): "avdm2",
+    ("AVDM2StyleTraining", "style"): "checkpoints",
     ("AVDM2StyleTransfer", "style"): "checkpoints",
 }
 
@@ -146,7 +147,7 @@ def test_the_sources_are_read():
 
 
 def test_each_task_is_there_for_the_miniature_and_for_sd15():
-    tasks = ["text_to_video", "teacher_and_student", "video_to_video", "style_transfer", "style_transplant"]
+    tasks = ["text_to_video", "teacher_and_student", "video_to_video", "style_transfer", "style_transplant", "style_training"]
     assert {path.stem for path in WORKFLOWS} == {f"{models}_{task}" for models in ("miniature", "sd15") for task in tasks}
     assert list(MANIFEST) == sorted(path.stem for path in WORKFLOWS)
 

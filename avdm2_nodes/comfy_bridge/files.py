@@ -1,5 +1,6 @@
 """Model files as ComfyUI finds them, and the stack that comes with the pack."""
 
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +11,9 @@ BUNDLED = Path(__file__).resolve().parents[2] / "miniature"
 BUNDLED_NAME = "miniature (bundled)"
 OWN_MOTION = "the checkpoint's own"
 STUDENTS, MOTION, LORAS, CHECKPOINTS, STACKS = "avdm2", "animatediff_models", "loras", "checkpoints", "diffusers"
+IMAGES = "images in input/"  # and the folder's name: a style that is known from pictures alone
 _STYLE_KEY = b'"avdm2.style_version"'  # in the metadata of a style file and of no other
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _PEER = re.compile(r"lightning|lcm|\d[-_ ]?step", re.IGNORECASE)  # in the name of a few-step motion module that others made
 
 
@@ -78,6 +81,26 @@ def _says_style(path: str, changed: int, size: int) -> bool:
         return 0 < length < size and _STYLE_KEY in file.read(min(length, 2**24))
 
 
+def image_folders() -> dict[str, Path]:
+    """Folders of pictures right below ComfyUI's input folder, by the name that a person picks."""
+    root = Path(folder_paths.get_input_directory())
+    folders = [Path(entry.path) for entry in os.scandir(root) if entry.is_dir()] if root.is_dir() else []
+    return {f"{IMAGES}{folder.name}": folder for folder in sorted(folders) if _has_pictures(folder)}
+
+
+def _has_pictures(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name.lower().endswith(_PICTURES) for entry in entries)
+    except OSError:
+        return False
+
+
+def run_folder(name: str) -> Path:
+    """Where the training of a style of this name keeps what it makes: below ComfyUI's output folder."""
+    return Path(folder_paths.get_output_directory()) / "AVDM2" / name
+
+
 def checkpoint_choices() -> list[str]:
     return [*stack_folders(), *folder_paths.get_filename_list(CHECKPOINTS)]
 
@@ -89,6 +112,11 @@ def motion_choices() -> list[str]:
 def style_choices() -> list[str]:
     """What can be a style: image models, and style files."""
     return list(dict.fromkeys([*style_folders(), *style_files(), *folder_paths.get_filename_list(CHECKPOINTS)]))
+
+
+def style_sources() -> list[str]:
+    """What a style can be learnt from: image models, and folders of pictures."""
+    return [*style_folders(), *image_folders(), *folder_paths.get_filename_list(CHECKPOINTS)]
 
 
 def student_choices() -> list[str]:

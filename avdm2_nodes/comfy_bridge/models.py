@@ -62,7 +62,7 @@ class Guide:
     source: ModelPatcher
     strength: float
     pulls: int
-    texts: tuple[Tensor, Tensor] | None = None  # (1, L, D) prompt and empty prompt by its own text encoder; None: the student's
+    text: Tensor | None = None  # (1, L, D) the prompt by its own text encoder; None: the student's
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import comfy.utils
+import folder_paths
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy_execution.utils import get_executing_context
@@ -33,6 +35,13 @@ def show_text(text: str) -> None:
         from server import PromptServer
 
         PromptServer.instance.send_progress_text(text, context.node_id, PromptServer.instance.client_id)
+
+
+def shown_files(pictures: list[Path]) -> list[dict]:
+    """Pictures below ComfyUI's output folder, as a node's output names them to be shown."""
+    root = Path(folder_paths.get_output_directory())
+    parts = [picture.relative_to(root) for picture in pictures]
+    return [{"filename": part.name, "subfolder": part.parent.as_posix(), "type": "output"} for part in parts]
 
 
 def sampling_callback(steps: int, latent_format) -> Callback:

@@ -26,7 +26,7 @@ def student_latent(student: Student, positive: list, latent: dict, seed: int, st
     text, empty = (t.to(device) for t in of_one_length(text, teacher.empty_text))
     pulls = []
     for i, (guide, pair) in enumerate(zip(student.guides, pairs, strict=True)):
-        texts = [t.to(device) for t in of_one_length(*guide.texts)] if guide.texts else None
+        texts = None if guide.text is None else [t.to(device) for t in of_one_length(guide.text, teacher.empty_text)]
         own = torch.Generator().manual_seed((seed + 1 + i) % 2**64)
         pulls.append(pulled(*pair, text, empty, guide.strength, own, style_texts=texts, pulls=guide.pulls))
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 from comfy.model_patcher import ModelPatcher
 from diffusers import UNet2DConditionModel
-from torch import Tensor
 
 from ..diffusion.stack import load_image_unet
 from ..diffusion.student_file import StyleUse, weights_hash
 from ..diffusion.style import style_change
 from ..diffusion.style_file import lora_change, read_style, require_student
 from . import files, memory, native
-from .models import Change, Guide, Student, Teacher, checkpoint_unet, load_checkpoint, weight_patches
+from .models import Change, Guide, Student, Teacher, checkpoint_unet, weight_patches
 from .text import text_of
 
 GUIDANCE, TRANSPLANT = "guidance", "transplant"
@@ -46,11 +45,9 @@ def with_style(
         use = StyleUse(name=name, hash=weights_hash(unet), mode="transplant", strength=strength)
         half = {key: t.half() for key, t in change.items() if t.any()}  # as student files have theirs, and half the memory
         return _changed(student, Change(use, lambda: half), {key: ("diff", (t,)) for key, t in half.items()})
-    texts = (
-        None if prompt is None else (text_of(prompt, student.teacher.text_width, "prompt"), _empty_text(style, model, student))
-    )
+    text = None if prompt is None else text_of(prompt, student.teacher.text_width, "prompt")
     source = student.guides[0].source if student.guides else _image_patcher(student.teacher.image_unet(), student.teacher)
-    guide = Guide(name, _image_patcher(unet, student.teacher), source, strength, pulls, texts)
+    guide = Guide(name, _image_patcher(unet, student.teacher), source, strength, pulls, text)
     return replace(student, guides=(*student.guides, guide))
 
 
@@ -74,14 +71,6 @@ def _loader(style: str) -> Callable[[], UNet2DConditionModel]:
     """Loads the image model that a person picked by name."""
     folder = files.style_folders().get(style)
     return partial(load_image_unet, folder) if folder else partial(checkpoint_unet, files.model_file(files.CHECKPOINTS, style))
-
-
-def _empty_text(style: str, model: ModelPatcher | None, student: Student) -> Tensor:
-    """The empty prompt (1, L, D) by the style's own text encoder, where a checkpoint has one; else by the student's."""
-    if model is not None or style in files.style_folders():
-        return student.teacher.empty_text
-    _, clip, _ = load_checkpoint(files.model_file(files.CHECKPOINTS, style), model=False, vae=False)
-    return clip.encode_from_tokens_scheduled(clip.tokenize(""))[0][0].float().cpu()
 
 
 def require_same_family(unet: UNet2DConditionModel, teacher: Teacher) -> None:

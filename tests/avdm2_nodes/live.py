@@ -20,12 +20,12 @@ START, RUN = 900, 600  # seconds that the server and a prompt may take on a busy
 
 
 class Server:
-    """A ComfyUI of its own on the CPU, its folders in `base`, this repository in its custom_nodes; `with` waits until it answers."""
+    """A ComfyUI of its own on the CPU, its folders in `base`, the pack in its custom_nodes; `with` waits until it answers."""
 
-    def __init__(self, comfyui_dir: Path, base: Path):
+    def __init__(self, comfyui_dir: Path, base: Path, pack: Path = ROOT):
         for folder in ("custom_nodes", "input", "output", "temp", "user", "models"):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        (base / "custom_nodes" / "AVDM2").symlink_to(ROOT, target_is_directory=True)
+        (base / "custom_nodes" / "AVDM2").symlink_to(pack, target_is_directory=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 
 NODES = {
     "AVDM2TeacherLoader", "AVDM2StudentLoader", "AVDM2StudentSampler", "AVDM2TeacherSampler", "AVDM2StyleTransfer",
-    "AVDM2SaveStudent",
+    "AVDM2StyleTraining", "AVDM2SaveStudent",
 }  # fmt: skip
 GROWTH = 30  # MB that 50 prompts may add to what the server holds
 

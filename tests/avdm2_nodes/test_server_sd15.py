@@ -111,7 +111,7 @@ def test_comfy_run_passes_for_the_miniature(server, path):
 def test_each_sd15_workflow_passes_and_unloading_gives_its_memory_back(server, tmp_path, record_property):
     before, held = unload(server, 0), {}  # with all libraries imported, by the workflows of the miniature
     for path in WORKFLOWS:
-        if path.stem.startswith("sd15"):
+        if path.stem.startswith("sd15") and not path.stem.endswith("training"):  # at this size, training is for a GPU
             comfy_run(server, made_small(path, tmp_path))
             held[path.stem] = server.rss()
     after = unload(server, before + LEFT)

@@ -54,6 +54,17 @@ NODES = {
         3,
         [("student", STUDENT)],
     ),
+    "AVDM2StyleTraining": (
+        [
+            ("student", STUDENT, {}),
+            ("style", FILES, {}),
+            ("name", "STRING", {"default": "my style"}),
+            ("updates", "INT", {"default": 0, "min": 0, "max": 100000}),
+            ("prompts", "STRING", {"default": ""}),
+        ],
+        4,
+        [("student", STUDENT)],
+    ),
     "AVDM2SaveStudent": (
         [
             ("student", STUDENT, {}),
@@ -94,7 +105,7 @@ def test_inputs_and_outputs_are_pinned(ours, node_id):
             texts = {"tooltip", "multiline", "options", "multiselect"}
             assert {key: value for key, value in found_options.items() if key not in texts} == options, name
     assert list(zip(node.RETURN_NAMES or (), node.RETURN_TYPES, strict=True)) == outputs
-    assert (node_id == "AVDM2SaveStudent") == node.OUTPUT_NODE
+    assert (node_id in ("AVDM2SaveStudent", "AVDM2StyleTraining")) == node.OUTPUT_NODE
 
 
 @pytest.mark.parametrize("node_id", NODES)
