@@ -306,8 +306,12 @@ def from_yaml(text: str, name: str = "the settings") -> DistillConfig:
 
 
 def training_changes(earlier: str, config: DistillConfig) -> list[str]:
-    """What differs between an earlier run's `to_yaml` and `config`, of what bears on training: "sdm.weight 0.5, was 1.0"."""
-    was, now = _flat(_parse_yaml(earlier, "the earlier settings")), _flat(config.model_dump(mode="json"))
+    """What differs between an earlier run's `to_yaml` and `config`, of what bears on training: "sdm.weight 0.5, was 1.0".
+
+    A setting that the earlier run did not know has its default there: a new one leaves earlier runs as they were.
+    """
+    defaults, now = (_flat(c.model_dump(mode="json")) for c in (DistillConfig(), config))
+    was = defaults | _flat(_parse_yaml(earlier, "the earlier settings"))
     keys = [key for key in now | was if key not in RESUMABLE_CHANGES and was.get(key) != now.get(key)]
     return [f"{key} {_said(now.get(key))}, was {_said(was.get(key))}" for key in keys]
 

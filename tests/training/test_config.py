@@ -208,6 +208,14 @@ def test_settings_are_frozen():
         config.warmup.updates = 1
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in DEFAULT_FILE.parent.glob("*.yaml")))
+def test_the_configurations_that_ship_are_valid(name):
+    if name.startswith("style"):  # which style is for the command line to say
+        load_config(["--config", str(DEFAULT_FILE.parent / name), "--model.score_unet", "unet"])
+    else:
+        load_config(["--config", str(DEFAULT_FILE.parent / name)])
+
+
 def test_training_changes(load):
     earlier = to_yaml(load(""))
     assert training_changes(earlier, load("")) == []
@@ -217,4 +225,8 @@ def test_training_changes(load):
         "model.motion '/m', was null",
         "sdm.weight 1.0, was 0.5",
     ]
+    unknown_then = earlier.replace("shared_noise: false", "")  # a setting that is newer than the run
+    assert unknown_then != earlier
+    assert training_changes(unknown_then, load("")) == []
+    assert training_changes(unknown_then, load("", "--sdm.shared_noise", "true")) == ["sdm.shared_noise true, was false"]
     assert {f"{section}.{key}" for section, key, _ in _fields()} >= RESUMABLE_CHANGES
