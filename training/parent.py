@@ -28,7 +28,7 @@ def watch(descriptor: int | None = None, grace: float = GRACE) -> Stop:
     are written whole or not at all, so nothing is broken by that.
     """
     descriptor = sys.stdin.fileno() if descriptor is None else descriptor
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a program in the background a child inherits that it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background has it ignored, and its children
     ended, asked = threading.Event(), threading.Event()
 
     def wait() -> None:
