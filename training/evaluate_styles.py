@@ -27,7 +27,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from avdm2_nodes.diffusion.guidance import PULL_GUIDANCE, PULL_TIMESTEP, pull_evaluations, pulled
+from avdm2_nodes.diffusion.guidance import PULL_GUIDANCE, PULL_TIMESTEP, pull_evaluations, pull_generators, pulled
 from avdm2_nodes.diffusion.samplers import sample_student, sample_teacher
 from avdm2_nodes.diffusion.schedules import IMAGE
 from avdm2_nodes.diffusion.stack import Stack, load_image_unet, load_stack
@@ -153,7 +153,7 @@ def guided_method(
     """The student, pulled after each of its steps; a clip's pulls have the seed after its own, as in ComfyUI."""
 
     def sample(noise: Tensor, text: Tensor, generators: list[torch.Generator]) -> Tensor:
-        own = [torch.Generator().manual_seed((g.initial_seed() + 1) % 2**64) for g in generators]
+        own = pull_generators(g.initial_seed() for g in generators)
         refine = pulled(style, source, text, empty_text, strength, own)
         return sample_student(student, noise, text, info.timesteps, generators, refine=refine, chain=info.chain)
 

@@ -9,22 +9,25 @@ if __name__ == "__main__":
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from diffusers import UNetMotionModel
+from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch import Tensor
 from tqdm import tqdm
 
+from avdm2_nodes.diffusion.guidance import in_turn, pull_generators, pulled
 from avdm2_nodes.diffusion.peers import is_peer, load_peer
 from avdm2_nodes.diffusion.precision import decoding_dtype, sampling_dtype
 from avdm2_nodes.diffusion.recognise import FileFormatError
-from avdm2_nodes.diffusion.samplers import Callback, Chain, Generators, draw_noise, sample_student, sample_teacher
+from avdm2_nodes.diffusion.samplers import Callback, Chain, Generators, Refine, draw_noise, sample_student, sample_teacher
 from avdm2_nodes.diffusion.schedules import TRAIN_TIMESTEPS
-from avdm2_nodes.diffusion.stack import Stack, StackError, load_stack
-from avdm2_nodes.diffusion.student_file import StudentFileError, read_student, student_timesteps, student_unet
+from avdm2_nodes.diffusion.stack import Stack, StackError, load_image_unet, load_stack
+from avdm2_nodes.diffusion.student_file import Student, StudentFileError, read_student, student_timesteps, student_unet
+from avdm2_nodes.diffusion.style import StyleError, add_change, require_same_family, style_change
+from avdm2_nodes.diffusion.style_file import StyleFileError, is_style, lora_change, read_style, require_student
 from avdm2_nodes.diffusion.taesd_file import load_taesd_file
-from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.diffusion.unets import image_predictor, video_predictor
 from avdm2_nodes.diffusion.windows import ANIMATEDIFF_FRAMES, windowed
 from training import console
 from training.config import ROOT
@@ -34,9 +37,12 @@ from training.video import VideoError, write_video
 MODEL = ROOT / "miniature"
 STUDENT = MODEL / "student.safetensors"
 TEACHER_STEPS, TEACHER_GUIDANCE = 25, 3.0
+STYLE_MODES = ("guidance", "transplant")
 
 # (noise (B, C, F, h, w), text (B, L, D), generators, callback) -> clips in model space (B, C, F, h, w)
 Sampler = Callable[[Tensor, Tensor, Generators, Callback | None], Tensor]
+# (text (B, L, D), the clips' generators) -> how a style pulls those clips after each step
+Guide = Callable[[Tensor, Generators], Refine]
 
 
 class SampleError(ValueError):
@@ -44,13 +50,55 @@ class SampleError(ValueError):
 
 
 def student_sampler(
-    unet: UNetMotionModel, timesteps: Sequence[int], window: int, chain: Chain = "renoise", backend: str | None = None
+    unet: UNetMotionModel,
+    timesteps: Sequence[int],
+    window: int,
+    chain: Chain = "renoise",
+    backend: str | None = None,
+    guides: Sequence[Guide] = (),
 ) -> Sampler:
     """The student's own chain over `timesteps`, longer clips in windows of `window` frames; `backend` is `video_predictor`'s."""
     predict = windowed(video_predictor(unet, backend), window)
     return lambda noise, text, generators, callback=None: sample_student(
-        predict, noise, text, timesteps, generators, callback, chain=chain
+        predict, noise, text, timesteps, generators, callback, None, in_turn([g(text, generators) for g in guides]), chain
     )
+
+
+def style_guide(
+    style: UNet2DConditionModel, source: UNet2DConditionModel, empty_text: Tensor, strength: float, number: int = 0
+) -> Guide:
+    """Guidance by the style's image model against the student's own, `source`; `number` counts the guides, each with its own noise."""
+    predictors = image_predictor(style), image_predictor(source)
+
+    def guide(text: Tensor, generators: Generators) -> Refine:
+        alone = isinstance(generators, torch.Generator)
+        own = pull_generators((g.initial_seed() for g in ([generators] if alone else generators)), number)
+        return pulled(*predictors, text, empty_text, strength, own[0] if alone else own)
+
+    return guide
+
+
+def add_styles(
+    styles: Iterable[tuple[Path, float]], mode: str, student: Student, unet: UNetMotionModel, stack: Stack
+) -> list[tuple[UNet2DConditionModel, float]]:
+    """Adds styles, (path, strength) each, to the student's UNet in place; returns those that are to guide, as image models.
+
+    Style files, and by `mode` "transplant" image models, go into its weights. StackError, StyleError or StyleFileError.
+    """
+    guiding = []
+    for path, strength in styles:
+        if is_style(path):
+            style = read_style(path)
+            require_student(style, student)
+            add_change(unet, lora_change(style), strength)
+        else:
+            style = load_image_unet(path)
+            require_same_family(style, stack.image_unet)
+            if mode == "transplant":
+                add_change(unet, style_change(stack.image_unet, style), strength)
+            elif strength != 0:
+                guiding.append((style, strength))
+    return guiding
 
 
 def teacher_sampler(
@@ -104,7 +152,7 @@ def sample(args: argparse.Namespace) -> None:
     outs = numbered(args.out, len(args.prompt))
     if not args.out.parent.is_dir():
         raise SampleError(f"Expected a folder at {args.out.parent} for {args.out.name}, found none; make it.")
-    device = pick_device()
+    device, guiding = pick_device(), []
     if args.teacher:
         stack = load_stack(args.model, args.motion, tokenizer=args.tokenizer)
         unet, window, (height, width) = stack.teacher, stack.frames, teacher_size(stack)
@@ -116,6 +164,7 @@ def sample(args: argparse.Namespace) -> None:
         stack = load_stack(args.model, with_motion=False, tokenizer=args.tokenizer)
         student = student or load_peer(args.student, stack.image_unet)
         unet, info = student_unet(student, stack.image_unet), student.info
+        guiding = add_styles(zip(args.style, args.style_strength, strict=True), args.style_mode, student, unet, stack)
         window, height, width = info.frames, info.height, info.width
         timesteps = student_timesteps(info.timesteps, args.steps or len(info.timesteps), info.chain)
         steps = len(timesteps)
@@ -123,14 +172,19 @@ def sample(args: argparse.Namespace) -> None:
     if args.taesd:
         stack.vae = load_taesd_file(args.taesd)
     # diffusers' own `to` warns of parts that these networks do not have
-    torch.nn.Module.to(unet, device, sampling_dtype(device))
+    for network in (unet, *([stack.image_unet, *(style for style, _ in guiding)] if guiding else [])):
+        torch.nn.Module.to(network, device, sampling_dtype(device))
     torch.nn.Module.to(stack.vae, device, decoding_dtype(device))
     stack.text_encoder.to(device)
+    guides = [
+        style_guide(style, stack.image_unet, stack.encode_text([""]), strength, i)
+        for i, (style, strength) in enumerate(guiding)
+    ]
     backend = "inductor" if args.compile else None
     sampler = (
         teacher_sampler(unet, stack.encode_text([""]), steps, guidance, window, backend)
         if args.teacher
-        else student_sampler(unet, timesteps, window, info.chain, backend)
+        else student_sampler(unet, timesteps, window, info.chain, backend, guides)
     )
     with tqdm(total=steps * len(outs), unit="step", desc="teacher" if args.teacher else "student") as bar:
         for prompt, out in zip(args.prompt, outs, strict=True):
@@ -186,6 +240,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     steps_help = f"evaluations of the student (default: its own) or steps of the teacher (default: {TEACHER_STEPS})"
     parser.add_argument("--steps", type=between(1, TRAIN_TIMESTEPS), help=steps_help)
     parser.add_argument("--guidance", type=scale, help=f"CFG scale of the teacher (default: {TEACHER_GUIDANCE})")
+    style_help = (
+        "another look for the student: a style file, or an image model (a diffusers folder or an SD1.5 checkpoint); repeat it "
+        "for more styles"
+    )
+    parser.add_argument("--style", type=Path, action="append", default=[], metavar="PATH", help=style_help)
+    strength_help = "of each style in turn; 0 is the plain student (default: 1)"
+    parser.add_argument("--style-strength", type=scale, action="append", default=[], metavar="NUMBER", help=strength_help)
+    mode_help = (
+        "how an image model is used: it guides the sampling, two image evaluations a step, or its weights take the place of the "
+        "base's (default: guidance)"
+    )
+    parser.add_argument("--style-mode", choices=STYLE_MODES, default="guidance", help=mode_help)
     out_help = "video to write; several prompts are numbered (default: clip.mp4)"
     parser.add_argument("--out", type=Path, default=Path("clip.mp4"), metavar="FILE", help=out_help)
     parser.add_argument(
@@ -203,6 +269,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.guidance is not None and not args.teacher:
         parser.error("--guidance is the teacher's: a student is sampled without; leave it out or add --teacher")
+    if args.style and args.teacher:
+        parser.error("--style is for a student; leave out --teacher")
+    args.style_strength = args.style_strength or [1.0] * len(args.style)
+    if len(args.style_strength) != len(args.style):
+        parser.error(
+            f"expected a --style-strength for each --style or none, found {len(args.style_strength)} for {len(args.style)}"
+        )
     return args
 
 
@@ -212,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     console.set_up()
     try:
         sample(args)
-    except (FileFormatError, SampleError, StackError, StudentFileError, VideoError) as error:
+    except (FileFormatError, SampleError, StackError, StudentFileError, StyleError, StyleFileError, VideoError) as error:
         print(error, file=sys.stderr)
         return 1
     except torch.OutOfMemoryError:

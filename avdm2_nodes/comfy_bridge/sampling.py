@@ -2,7 +2,7 @@
 
 import torch
 
-from ..diffusion.guidance import pulled
+from ..diffusion.guidance import in_turn, pull_generators, pulled
 from ..diffusion.samplers import begin, ddim_scheduler, draw_noise, sample_student, sample_teacher
 from ..diffusion.student_file import student_timesteps
 from .latents import evaluation_shape, frame_index, from_clip, to_clip
@@ -27,17 +27,11 @@ def student_latent(student: Student, positive: list, latent: dict, seed: int, st
     pulls = []
     for i, (guide, pair) in enumerate(zip(student.guides, pairs, strict=True)):
         texts = None if guide.text is None else [t.to(device) for t in of_one_length(guide.text, teacher.empty_text)]
-        own = torch.Generator().manual_seed((seed + 1 + i) % 2**64)
+        (own,) = pull_generators([seed], i)
         pulls.append(pulled(*pair, text, empty, guide.strength, own, style_texts=texts, pulls=guide.pulls))
-
-    def refine(x0, step):
-        for pull in pulls:
-            x0 = pull(x0, step)
-        return x0
-
     sampled = sample_student(
         predict, x_t.to(device), text, timesteps, generator, sampling_callback(len(timesteps), teacher.latent_format),
-        index, refine if pulls else None, info.chain,
+        index, in_turn(pulls), info.chain,
     )  # fmt: skip
     return from_clip(sampled, latent, teacher.latent_format)
 

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from ..diffusion.stack import load_image_unet
 from ..diffusion.student_file import StyleUse, weights_hash
-from ..diffusion.style import style_change
+from ..diffusion.style import require_same_family, style_change
 from ..diffusion.style_file import lora_change, read_style, require_student
 from . import files, memory, native
 from .models import Change, Guide, Student, Teacher, checkpoint_unet, weight_patches
@@ -37,7 +37,7 @@ def with_style(
         return with_style_file(student, path, strength)
     name, load = ("the MODEL", partial(native.image_unet_of, model)) if model is not None else (style, _loader(style))
     unet = load()
-    require_same_family(unet, student.teacher)
+    require_same_family(unet, student.teacher.architecture)
     if strength == 0:
         return student
     if mode == TRANSPLANT:
@@ -71,15 +71,6 @@ def _loader(style: str) -> Callable[[], UNet2DConditionModel]:
     """Loads the image model that a person picked by name."""
     folder = files.style_folders().get(style)
     return partial(load_image_unet, folder) if folder else partial(checkpoint_unet, files.model_file(files.CHECKPOINTS, style))
-
-
-def require_same_family(unet: UNet2DConditionModel, teacher: Teacher) -> None:
-    """NativeModelError for an image model of other latents or texts than the student's."""
-    mine, theirs = ({k: u.config[k] for k in ("in_channels", "cross_attention_dim")} for u in (unet, teacher.architecture))
-    if mine != theirs:
-        raise native.NativeModelError(
-            f"Expected a style of the student's family ({theirs}), found another ({mine}); choose a model made from the same base."
-        )
 
 
 def _image_patcher(unet: UNet2DConditionModel, teacher: Teacher) -> ModelPatcher:

@@ -1,6 +1,6 @@
 """Style transfer while sampling: a student's frames are pulled by the difference of two image models' scores."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ def style_pull(x0: Tensor, style_x0: Tensor, source_x0: Tensor, strength: float)
     place of the fake score, which is where a student's frames are, and the style in that of the real one.
     """
     return x0 - strength * sdm_difference(source_x0, style_x0)
+
+
+def pull_generators(seeds: Iterable[int], style: int = 0) -> list[torch.Generator]:
+    """The generators of a style's pulls for clips of these seeds: each has the seed after its clip's own, the second style the next.
+
+    One rule for command line, nodes and measuring, so that they make the same clips.
+    """
+    return [torch.Generator().manual_seed((seed + 1 + style) % 2**64) for seed in seeds]
 
 
 def pull_evaluations(steps: int, pulls: int = 1, guidance: float = PULL_GUIDANCE, at: Collection[int] | None = None) -> int:
@@ -80,5 +88,18 @@ def pulled(
             )
             frames = style_pull(frames, style_x0, source_x0, strength)
         return frames.unflatten(0, (batch, count)).transpose(1, 2)
+
+    return refine
+
+
+def in_turn(refinements: Sequence[Refine]) -> Refine | None:
+    """One refinement after the other; None, which `sample_student` takes too, for none."""
+    if not refinements:
+        return None
+
+    def refine(x0: Tensor, step: int) -> Tensor:
+        for one in refinements:
+            x0 = one(x0, step)
+        return x0
 
     return refine

@@ -15,6 +15,15 @@ class StyleError(ValueError):
     """A style that does not fit; the message is one sentence."""
 
 
+def require_same_family(style: UNet2DConditionModel, base: UNet2DConditionModel) -> None:
+    """StyleError for an image model of other latents or texts than the base's."""
+    ours, theirs = ({key: unet.config[key] for key in ("in_channels", "cross_attention_dim")} for unet in (base, style))
+    if ours != theirs:
+        raise StyleError(
+            f"Expected a style of the student's family ({ours}), found another ({theirs}); choose a model made from the same base."
+        )
+
+
 def style_change(base: UNet2DConditionModel, style: UNet2DConditionModel) -> dict[str, Tensor]:
     """style - base of each weight, float32 on the CPU, by its name in the image UNet, which is also its name in a video UNet.
 

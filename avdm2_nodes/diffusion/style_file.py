@@ -86,6 +86,15 @@ class StyleFile:
     name: str = "the style"
 
 
+def is_style(path: Path) -> bool:
+    """True for a readable .safetensors that says it is a style file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _OURS + "style_version" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def student_hash(student: Student) -> str:
     """`tensors_hash` of what a student file holds, its position encodings left out: what ties a style to its student."""
     return tensors_hash({name: tensor for name, tensor in student.tensors.items() if not name.endswith(".pe")})

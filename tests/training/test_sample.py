@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, MotionAdapter
+from diffusers import AutoencoderTiny, MotionAdapter, UNet2DConditionModel
 from torch import nn
 
+from avdm2_nodes.diffusion.guidance import pulled
 from avdm2_nodes.diffusion.motion_file import to_original_keys
 from avdm2_nodes.diffusion.peers import load_peer
 from avdm2_nodes.diffusion.recognise import write_tensors
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
-from avdm2_nodes.diffusion.stack import load_stack
+from avdm2_nodes.diffusion.stack import load_image_unet, load_stack
 from avdm2_nodes.diffusion.student_file import StudentInfo, read_student, student_unet, unet_config, weights_hash, write_student
-from avdm2_nodes.diffusion.unets import video_predictor, video_unet
+from avdm2_nodes.diffusion.style_file import StyleInfo, student_hash, write_style
+from avdm2_nodes.diffusion.unets import image_predictor, video_predictor, video_unet
 from training import sample
 from training.config import ROOT
 from training.miniature.models import new_image_unet, new_motion_adapter, new_text_encoder, write_tokenizer
@@ -60,6 +62,24 @@ def model(tmp_path_factory):
     weights = {name: p for name, p in weights.items() if "motion_modules" in name}
     write_student(folder / "motion.safetensors", weights, StudentInfo(holds="motion", **common))
     return folder
+
+
+@pytest.fixture(scope="module")
+def styles(model):
+    """Another image model of the family, and a style file of each student."""
+    torch.manual_seed(1)
+    new_image_unet().save_pretrained(model / "styles" / "other")
+    for name in ("student", "motion"):
+        student = read_student(model / f"{name}.safetensors")
+        weights = dict(student_unet(student, load_image_unet(model / "unet")).named_parameters())
+        layers = [key.removesuffix(".weight") for key in weights if key.endswith("attn2.to_k.weight")]
+        pairs = {f"{layer}.lora_A.weight": torch.randn(2, weights[f"{layer}.weight"].shape[1]) for layer in layers}
+        pairs |= {f"{layer}.lora_B.weight": torch.randn(len(weights[f"{layer}.weight"]), 2) for layer in layers}
+        common = {"title": "other", "date": "2025-01-31", "license": "Apache-2.0", "updates": 1, "training_config": ""}
+        hashes = {"hash": weights_hash(load_image_unet(model / "styles" / "other")), "student_hash": student_hash(student)}
+        info = StyleInfo(name="other", student_name=name, lora_rank=2, lora_alpha=2.0, **hashes, **common)
+        write_style(model / "styles" / f"{name}.safetensors", pairs, info)
+    return model / "styles"
 
 
 @pytest.fixture
@@ -222,6 +242,10 @@ def test_base_of_another_architecture(command, model, tmp_path, capsys):
         ["--guidance", "2"],
         ["--guidance", "nan", "--teacher"],
         ["--student", "a.safetensors", "--teacher"],
+        ["--style", "a.safetensors", "--teacher"],
+        ["--style", "a", "--style", "b", "--style-strength", "1"],
+        ["--style-strength", "1"],
+        ["--style", "a", "--style-mode", "other"],
     ],
 )
 def test_arguments_that_cannot_be(command, arguments, capsys):
@@ -229,6 +253,65 @@ def test_arguments_that_cannot_be(command, arguments, capsys):
         command(*arguments, student=None)
     assert caught.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def clip_bytes(command, folder, *arguments, **kind):
+    assert command(*arguments, **kind) == 0
+    return (folder / "clip.mp4").read_bytes()
+
+
+def test_styles_change_the_clip_and_at_strength_0_do_not(command, styles, tmp_path):
+    plain = clip_bytes(command, tmp_path)
+    ways = ["--style", str(styles / "other")], ["--style", str(styles / "other"), "--style-mode", "transplant"]
+    for way in (*ways, ["--style", str(styles / "student.safetensors")]):
+        assert clip_bytes(command, tmp_path, *way) != plain
+        assert clip_bytes(command, tmp_path, *way, "--style-strength", "0") == plain
+    two = "--style", str(styles / "student.safetensors"), "--style", str(styles / "other")
+    second = clip_bytes(command, tmp_path, *two, "--style-strength", "0", "--style-strength", "1")
+    assert second == clip_bytes(command, tmp_path, *ways[0])
+
+
+def test_a_guided_clip_is_that_of_the_pulled_chain(model, styles):
+    stack, other = load_stack(model, with_motion=False), load_image_unet(styles / "other")
+    unet = student_unet(read_student(model / "motion.safetensors"), stack.image_unet)
+    empty, text = stack.encode_text([""]), stack.encode_text(["a red circle"])
+    guides = [sample.style_guide(other, stack.image_unet, empty, s, i) for i, s in enumerate((0.5, 0.25))]
+    clip = sample.generate(sample.student_sampler(unet, TIMESTEPS, 8, guides=guides), stack, ["a red circle"], [7], 3, 16, 24)
+    generator = torch.Generator().manual_seed(7)
+    noise = draw_noise((1, 4, 3, 2, 3), generator)
+    pair = image_predictor(other), image_predictor(stack.image_unet)
+    first, second = (  # the seeds after the clip's own
+        pulled(*pair, text, empty, s, torch.Generator().manual_seed(seed)) for s, seed in ((0.5, 8), (0.25, 9))
+    )
+    with torch.no_grad():
+        expected = sample_student(
+            video_predictor(unet), noise, text, TIMESTEPS, generator, refine=lambda x0, i: second(first(x0, i), i)
+        )
+    assert torch.equal(stack.decode_clips(expected), clip)
+
+
+def test_a_transplant_at_strength_1_is_the_student_on_the_other_base(model, styles):
+    stack, student = load_stack(model), read_student(model / "motion.safetensors")
+    unet = student_unet(student, stack.image_unet)
+    assert sample.add_styles([(styles / "other", 1.0)], "transplant", student, unet, stack) == []
+    expected = dict(video_unet(load_image_unet(styles / "other"), stack.motion).named_parameters())
+    for name, weight in unet.named_parameters():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_style_that_does_not_fit(command, model, styles, tmp_path, capsys):
+    assert command("--style", str(styles / "motion.safetensors")) == 1  # of the other student
+    assert capsys.readouterr().err.startswith("Expected the student motion (hash ")
+    narrow = UNet2DConditionModel.from_config(dict(new_image_unet().config) | {"cross_attention_dim": 24})
+    narrow.save_pretrained(tmp_path / "narrow")
+    for mode in sample.STYLE_MODES:
+        assert command("--style", str(tmp_path / "narrow"), "--style-mode", mode) == 1
+        assert capsys.readouterr().err.startswith("Expected a style of the student's family")
+    assert command("--style", str(tmp_path / "none.safetensors")) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        f"Expected a model file at {tmp_path / 'none.safetensors'}, found nothing; check the path."
+    ]
+    assert os.listdir(tmp_path) == ["narrow"]
 
 
 def test_a_prompt_is_required():
