@@ -27,11 +27,11 @@ from benchmarks import nodes, training_modes
 from benchmarks.cost import decoder_operations, sd15_table, unet_operations
 from benchmarks.report import MISSING, write_report
 from benchmarks.subjects import Subject, evaluations, miniature, sd15
-from benchmarks.timing import interleaved, matmul_ceiling
 from training import console
 from training.config import ROOT
 from training.precision import pick_device, uses_bf16
 from training.sample import between
+from training.timing import interleaved, matmul_ceiling
 
 logger = logging.getLogger("benchmarks")
 

@@ -49,11 +49,11 @@ def _measure(teacher: Path | None, options: list[str], threads: int, repetitions
     from avdm2_nodes.diffusion.stack import load_stack
     from benchmarks.cost import operations
     from benchmarks.subjects import random_stack
-    from benchmarks.timing import interleaved, peak_bytes, resident_bytes
     from training.config import load_config
     from training.distill import new_heads, new_roles
     from training.loop import Distillation
     from training.precision import pick_device
+    from training.timing import interleaved, peak_bytes, resident_bytes
 
     torch.set_num_threads(threads)
     device = pick_device()

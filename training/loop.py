@@ -28,8 +28,9 @@ from training.losses import (
     scale_gradient,
     sdm_loss,
 )
+from training.meter import Meter
 from training.parent import Stop, StoppedError, never
-from training.precision import autocast
+from training.precision import autocast, uses_bf16
 from training.processes import Processes
 from training.randomness import chain_steps, draw_frames, draw_timesteps, sample_generators
 from training.roles import Roles
@@ -214,6 +215,12 @@ class Distillation:
             losses["adm"] = config.adm.weight * self.adm(made, clips)
         return losses
 
+    def phase(self, step: int) -> tuple[bool, bool, bool]:
+        """What updates of the same work as this step's have in common: (is of the warm-up, critics learn, ADM has begun)."""
+        matching = step - self.config.warmup.updates
+        critics_from = min(self.config.warmup.critics_from, self.config.warmup.updates)
+        return matching < 0, step >= critics_from, matching >= self.config.adm.start_update
+
     def student_lr(self, step: int) -> float:
         """Its learning rate at a step; each of the two phases begins with a ramp."""
         student, warmup = self.config.student, self.config.warmup
@@ -251,7 +258,7 @@ class Distillation:
             figures["student_norm"] = norm
             self.critic.optimiser.zero_grad(set_to_none=True)  # the student's loss left gradients in the heads
             self.ema.update()
-        if step < min(config.warmup.critics_from, config.warmup.updates):
+        if not self.phase(step)[1]:
             return figures
         if config.sdm.weight > 0:
             for turn in range(config.sdm.updates_per_student):
@@ -311,11 +318,13 @@ def train(
     processes.require_same("checkpoint to go on from", start)
     if found:
         distillation.load_state_dict(state)
+    dtype = torch.bfloat16 if uses_bf16(distillation.device, config.run.precision) else torch.float32
+    meter = Meter(data, distillation.device, dtype)
     began = time.monotonic() - seconds
     stop()  # from now on it is asked, and no update is broken off
     with tqdm(total=total, initial=start, desc="distilling", unit="update", disable=not processes.main) as bar:
         for step in range(start, total):
-            figures = distillation.update(step, data)
+            figures = meter.update(distillation.phase(step), lambda clips, step=step: distillation.update(step, clips))
             done = step + 1
             skipped = {
                 f"{x.name} skipped": x.skipped

@@ -18,6 +18,7 @@ from training.checkpoint import Checkpoints
 from training.config import ROOT, load_config, to_yaml
 from training.data import write_clips
 from training.distill import export
+from training.meter import MEASURED
 from training.miniature import world
 from training.run_folder import RunFolder
 
@@ -97,7 +98,7 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     assert (finished / "samples" / "update-000002.png").exists() and any((finished / "tensorboard").iterdir())
     lines = [json.loads(line) for line in stats(finished)]
     assert [line["update"] for line in lines] == [1, 2, 3, 4]
-    assert {"sdm", "adm", "fake", "critic", "seconds"} < lines[-1].keys()
+    assert {"sdm", "adm", "fake", "critic", "seconds", *MEASURED} < lines[-1].keys()
     rows = json.loads((finished / "report.json").read_text())["rows"]
     names = ["real clips (VAE)", "teacher 2 steps", "teacher 2 steps, no guidance"]
     names += ["teacher 2 steps, as a student", "teacher 1 step", "student 2 steps"]
@@ -171,7 +172,10 @@ def kill_when(process, condition, limit=300, delay=0.0):
 def assert_same_student(folder, other):
     a, b = (load_file(f / "student.safetensors") for f in (folder, other))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    figures = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in stats(f)] for f in (folder, other)]
+    figures = [
+        [{k: v for k, v in json.loads(line).items() if k not in ("seconds", *MEASURED)} for line in stats(f)]
+        for f in (folder, other)
+    ]
     assert figures[0] == figures[1]
 
 

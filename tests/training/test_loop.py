@@ -10,6 +10,7 @@ from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
 from training.checkpoint import Checkpoints
 from training.learner import MAX_BAD_STEPS, DivergedError
 from training.loop import train
+from training.meter import MEASURED
 from training.randomness import chain_steps
 from training.run_folder import RunFolder, RunFolderError
 
@@ -60,7 +61,7 @@ def go(stack, make_distillation, random_clips):
 
 def stats(folder):
     lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", *MEASURED)} for line in lines]
 
 
 # ---- exact resume ----
