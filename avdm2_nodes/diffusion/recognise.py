@@ -42,7 +42,7 @@ class Layout:
 class Kind:
     """What a file is: `id`, which stays as it is, for code, and `phrase`, with its article, for people.
 
-    Ids: student · sd15, sd2, sdxl, sd3, flux, svd, each for a whole checkpoint, with -inpainting, -edit, -depth or -other for other
+    Ids: student · style · sd15, sd2, sdxl, sd3, flux, svd, each for a whole checkpoint, with -inpainting, -edit, -depth or -other for other
     input channels, and -unet for a UNet or transformer alone · motion-v1, -v2, -v3, -animatelcm, -sdxl, -other · motion-lora ·
     lora, lora-sdxl, lora-other · video-unet · vae · text-encoder · image-encoder · controlnet · ip-adapter · t2i-adapter ·
     textual-inversion · unknown.
@@ -273,6 +273,8 @@ def recognise(layout: Layout) -> Kind:
     """
     if "avdm2.format_version" in layout.metadata:
         return Kind("student", "an AVDM2 student")
+    if "avdm2.style_version" in layout.metadata:
+        return Kind("style", "an AVDM2 style, which is laid on a student")
     shapes = layout.shapes
     kind = _lora(shapes) or _control(shapes) or _motion(shapes) or _image_model(shapes) or _part(shapes)
     if kind is not None:

@@ -119,7 +119,7 @@ def load_stack(path: Path, motion: Path | None = None, with_motion: bool = True,
             raise StackError(f"Expected motion modules for {path}, which holds none, found none named; name a file or folder.")
     else:
         _require_folder(path)
-        tokenizer = _load(CLIPTokenizer, tokenizer or path / "tokenizer")
+        tokenizer = load_tokenizer(tokenizer or path / "tokenizer")
         text_encoder, vae = _frozen(_load(CLIPTextModel, path / "text_encoder")), load_vae(path / "vae")
         unet = load_image_unet(path / "unet")
     adapter = load_motion(motion or path / "motion_adapter") if with_motion else None
@@ -147,6 +147,20 @@ def _facts(path: Path) -> dict:
     if not isinstance(facts, dict) or not isinstance(facts.get("frames", 1), int):
         raise StackError(f"Expected an object whose frames are a whole number in {path}, found another; correct or remove it.")
     return facts
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer in a diffusers folder. StackError without its vocabulary, which transformers would take for an empty one."""
+    folder = Path(folder)
+    _require_folder(folder)
+    if not (folder / "tokenizer.json").is_file():
+        missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+        if missing:
+            raise StackError(
+                f"Expected CLIP's vocabulary (vocab.json and merges.txt, or tokenizer.json) in {folder}, found no {missing[0]}; "
+                "name another folder."
+            )
+    return _load(CLIPTokenizer, folder)
 
 
 def load_vae(folder: Path) -> AutoencoderTiny | AutoencoderKL:

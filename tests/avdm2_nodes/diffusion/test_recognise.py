@@ -469,6 +469,8 @@ def test_shapes_that_no_model_has_are_recognised_or_unknown(shape):
 
 def test_a_student_is_told_by_its_metadata():
     assert recognise(Layout(original_motion(), {"avdm2.format_version": "1"})).id == "student"
+    lora = {"mid_block.attentions.0.proj_in.lora_A.weight": (4, 320)}
+    assert recognise(Layout(lora, {"avdm2.style_version": "1"})).id == "style" and recognise(Layout(lora)).id == "lora"
     assert recognise(Layout(original_motion(), {"modelspec.title": "x"})).id == "motion-v3"
 
 

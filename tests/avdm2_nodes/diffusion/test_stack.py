@@ -143,6 +143,14 @@ def test_a_missing_folder_and_missing_parts_are_named(folder, tmp_path):
         shutil.move(tmp_path / "away", folder / part)
 
 
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert f"in {tmp_path / 'empty'}, found no vocab.json" in refusal(folder, tokenizer=tmp_path / "empty")
+    (folder / "tokenizer" / "merges.txt").unlink()
+    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    assert f"in {folder / 'tokenizer'}, found no merges.txt" in refusal(folder)
+
+
 @pytest.mark.parametrize("part", ["text_encoder/model", "vae/diffusion_pytorch_model", "unet/diffusion_pytorch_model"])
 def test_damaged_weights_are_refused(folder, part):
     path = folder / f"{part}.safetensors"
