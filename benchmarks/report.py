@@ -96,6 +96,7 @@ def markdown(results: Mapping, plot: str | None) -> str:
     if plot:
         parts += ["## Cost of an evaluation by size", f"![Cost of an evaluation]({plot})", _scaling(results["scaling"])]
     parts += ["## Counted: SD1.5 and AnimateDiff v3, 16 frames of 512x512", _counted(results["counted"])]
+    parts += ["## Planned: memory of a run, one clip of it at a time", _planned(results["planned"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -160,6 +161,12 @@ def _scaling(scaling: Mapping) -> str:
 
 def _counted(counted: Mapping[str, float]) -> str:
     return table(["", "tera-operations"], [[name, f"{count:.4g}"] for name, count in counted.items()])
+
+
+def _planned(planned: Mapping[str, Mapping[str, int]]) -> str:
+    names = list(dict.fromkeys(name for plan in planned.values() for name in plan))
+    rows = [[name, *(f"{plan[name] / 2**30:.2f}" if name in plan else "" for plan in planned.values())] for name in names]
+    return f"{table(['GiB', *planned], rows)}\n\nCounted on tensors without data, for a GPU; workspaces, VAE and text encoder left out."
 
 
 def plot_scaling(scaling: Mapping, path: Path) -> None:

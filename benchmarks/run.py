@@ -28,14 +28,15 @@ from benchmarks.cost import decoder_operations, sd15_table, unet_operations
 from benchmarks.report import MISSING, write_report
 from benchmarks.subjects import Subject, evaluations, miniature, sd15
 from training import console
-from training.config import ROOT
+from training.config import ROOT, load_config
+from training.memory_plan import memory_plan
 from training.precision import pick_device, uses_bf16
 from training.sample import between
 from training.timing import interleaved, matmul_ceiling
 
 logger = logging.getLogger("benchmarks")
 
-MINIATURE = ROOT / "miniature"
+MINIATURE, CONFIGS = ROOT / "miniature", ROOT / "training" / "configs"
 FULL_SIZE_MEMORY = {"cuda": 20 * 2**30, "cpu": 8 * 2**30}  # bytes that SD1.5 takes here, with room
 AXES = {  # of one evaluation: frames, side in pixels, clips
     "miniature": {"frames": (2, 4, 8, 16), "resolution": (32, 64, 96, 128), "batch": (1, 2, 4, 8)},
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     logger.info("Counting the operations of SD1.5")
     results["counted"] = sd15_table()
+    results["planned"] = {name: planned(CONFIGS / name) for name in ("sd15_24gb.yaml", "sd15.yaml")}
 
     subject = miniature(MINIATURE, device)
     results["sampling"] = [sampling(subject, args.repetitions)]
@@ -87,6 +89,13 @@ def main(argv: list[str] | None = None) -> int:
     print(path.read_text(encoding="utf-8"))
     logger.info("Kept: %s, .json and .png beside it", path)
     return 0
+
+
+def planned(file: Path) -> dict[str, int]:
+    """Bytes that a run of these settings would take, by name, counted without numbers."""
+    logger.info("Counting the memory of %s", file.name)
+    plan = memory_plan(load_config(["--config", str(file)]))
+    return plan.standing | plan.turns | {"all at once": plan.total}
 
 
 def about(device: torch.device, repetitions: int) -> dict:

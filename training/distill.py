@@ -97,8 +97,6 @@ def distil(
 
     begun = begin_from(config)
     stack = load_stack(config.model.teacher, config.model.motion, tokenizer=config.model.tokenizer)
-    for part in (stack.vae, stack.text_encoder):
-        part.to(device)
     score_unet = load_image_unet(config.model.score_unet) if config.model.score_unet else None
     if config.style.images:
         with processes.first_alone():
@@ -110,7 +108,7 @@ def distil(
     heads = new_heads(config, roles, data).to(device)
     distillation = Distillation(config, roles, heads, data.text([""]), device, processes)
 
-    gallery = new_gallery(config, stack, data.captions)
+    gallery = new_gallery(config, stack, data.captions, device)
     own = student_method("student", roles.student, config.student.steps)
 
     def show(step: int) -> None:
@@ -266,13 +264,13 @@ def licence_of(stack: Stack) -> str:
     return path.read_text().splitlines()[0].strip() if path.exists() else "CreativeML OpenRAIL-M"
 
 
-def new_gallery(config: DistillConfig, stack: Stack, captions: list[str]) -> Gallery:
+def new_gallery(config: DistillConfig, stack: Stack, captions: list[str], device: torch.device) -> Gallery:
     """The prompts that the run shows: those of the world that can measure it, else the first of its data."""
     precision = config.run.precision
     if config.evaluation.world is None:
         size = config.data.frames, config.data.height, config.data.width
-        return Gallery(stack, captions[:SHOWN], *size, config.run.seed, precision)
-    return Bench(stack, feature_net(stack), config.evaluation.clips, precision=precision)
+        return Gallery(stack, captions[:SHOWN], *size, config.run.seed, precision, device)
+    return Bench(stack, feature_net(stack), config.evaluation.clips, precision=precision, device=device)
 
 
 def write_run_report(

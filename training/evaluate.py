@@ -76,8 +76,8 @@ def main(argv: list[str] | None = None) -> None:
 
     device = pick_device()
     stack = load_stack(args.model, args.motion, tokenizer=args.tokenizer)
-    for part in (stack.vae, stack.text_encoder, stack.image_unet, stack.teacher):
-        part.to(device)
+    for unet in (stack.image_unet, stack.teacher):
+        unet.to(device)
     student_file = args.student or args.model / "student.safetensors"
     student = load_peer(student_file, stack.image_unet) if is_peer(student_file) else read_student(student_file)
     bench, measured_by = new_bench(args, stack, student.info, device)
@@ -116,13 +116,13 @@ def new_bench(
             "prompts": "held-out combinations of the caption grammar, the same prompts and seeds in every row",
             "feature net": f"sha256 {content_hash(stack.folder / 'feature_net.safetensors')[:12]}",
         }
-        return Bench(stack, net, args.clips), words
+        return Bench(stack, net, args.clips, device=device), words
     networks = load_networks(args, device)
     if not networks.described:
         raise BackboneError("Expected a network to measure by, found none; name one with --i3d, --videomae or --clip.")
     real = ClipFolder(args.real, student.frames, student.height, student.width)
     words = {"prompts": f"captions of {args.real.name}, {student.frames} frames of {student.width}x{student.height}"}
-    return VideoBench(stack, networks, real, args.clips), words | networks.described
+    return VideoBench(stack, networks, real, args.clips, device=device), words | networks.described
 
 
 def teacher_methods(stack: Stack, guidance: float) -> list[Method]:

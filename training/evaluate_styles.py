@@ -85,10 +85,9 @@ def main(argv: list[str] | None = None) -> None:
 
     device = pick_device()
     stack, style = load_stack(args.model), load_image_unet(args.style).to(device)
-    for part in (stack.vae, stack.text_encoder, stack.image_unet):
-        part.to(device)
+    stack.image_unet.to(device)
     student = read_student(args.student)
-    bench = Bench(stack, feature_net(stack), args.clips, style=args.look, judge_style=True)
+    bench = Bench(stack, feature_net(stack), args.clips, style=args.look, judge_style=True, device=device)
     about = {
         "clips a row": len(bench.prompts),
         "style": f"{args.style.name}, as an image model and as rendered clips, which the distances are to",
@@ -125,7 +124,7 @@ def methods(
         learnt = read_style(style_file)
         require_student(learnt, student)
         changes["fine-tuned"] = (lora_change(learnt), content_hash(style_file)[:8])
-    pull = image_predictor(style), image_predictor(stack.image_unet), stack.encode_text([""]).float()
+    pull = image_predictor(style), image_predictor(stack.image_unet), stack.encode_text([""]).float().to(device)
     for mode in MODES:
         for strength in STRENGTHS:
             name = f"{mode} {strength:g}"

@@ -21,7 +21,7 @@ from training.checkpoint import write_atomically
 from training.config import DistillConfig
 from training.data import DataError, caption_beside, cover, read_table
 from training.parent import Stop, never
-from training.precision import autocast
+from training.precision import autocast, lent
 from training.roles import Adapters
 from training.run_folder import RunFolderError
 from training.stage import adamw, run_stage
@@ -101,7 +101,7 @@ def learn_style(
     pixels = torch.stack([read_image(path, config.data.height, config.data.width) for path, _ in images])
     captions = [caption for _, caption in images]
     _require_same(folder, _settings(config, stack, pixels, captions))
-    with autocast(device, config.run.precision):
+    with lent(device, stack.vae), autocast(device, config.run.precision):
         latents = torch.cat([stack.encode_clips(part[:, None]).cpu() for part in pixels.split(32)])
     unet, adapters = copy.deepcopy(stack.image_unet).to(device), Adapters()
     lora = adapters.add(unet, "style", rank, config.run.seed)
@@ -109,10 +109,11 @@ def learn_style(
         weight.requires_grad_(".style." in name)
     predict = adapters.bind("style", image_predictor(unet))
     losses = image_losses(latents, captions, stack.encode_text, predict, style.image_batch, device, config.run.precision)
-    run_stage(
-        folder.name, folder.parent, nn.ModuleList([unet]), losses, optimisers=[adamw(lora.values(), style.image_lr)],
-        steps=style.image_steps, seed=config.run.seed, ema_decay=0.98, save_every=100, log_every=10, stop=stop,
-    )  # fmt: skip
+    with lent(device, stack.text_encoder):
+        run_stage(
+            folder.name, folder.parent, nn.ModuleList([unet]), losses, optimisers=[adamw(lora.values(), style.image_lr)],
+            steps=style.image_steps, seed=config.run.seed, ema_decay=0.98, save_every=100, log_every=10, stop=stop,
+        )  # fmt: skip
     learnt = copy.deepcopy(stack.image_unet)
     add_change(learnt, lora_products({name: weight.detach().cpu() for name, weight in lora.items()}), 1.0)
     return learnt.requires_grad_(False).eval()

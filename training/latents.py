@@ -10,7 +10,7 @@ from avdm2_nodes.diffusion.stack import Stack
 from training.cache import Cache, is_cache, space_of
 from training.config import DistillConfig
 from training.data import ClipFolder
-from training.precision import autocast
+from training.precision import autocast, lent
 
 _TEXTS = 1024  # embeddings kept in memory: of SD1.5 a quarter of a gigabyte
 
@@ -27,26 +27,37 @@ class Encoder:
 
     def clip(self, frames: Tensor) -> Tensor:
         """(F, H, W, 3) uint8 -> (C, F, h, w) float32 on the CPU."""
-        with autocast(self.device, self.precision):
+        with lent(self.device, self.stack.vae), autocast(self.device, self.precision):
             return self.stack.encode_clips(frames[None])[0].cpu()
 
     def _text(self, caption: str) -> Tensor:
         """(L, D) float32 on the CPU."""
-        return self.stack.encode_text([caption])[0].float().cpu()
+        with lent(self.device, self.stack.text_encoder):
+            return self.stack.encode_text([caption])[0].float().cpu()
 
 
 class EncodedClips:
-    """Clips of videos in model space, encoded when they are first asked for and kept in memory from then on."""
+    """Clips of videos in model space, encoded when they are first asked for and kept in memory from then on.
+
+    Until all of them are, VAE and text encoder stay on the device.
+    """
 
     def __init__(self, clips: ClipFolder, encoder: Encoder):
         self.clips, self.encoder, self.captions = clips, encoder, clips.captions
         self._latents: dict[int, Tensor] = {}
+        self._place_encoders(encoder.device)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """(clip (C, F, h, w), text embedding (L, D)), float32 on the CPU. VideoError if its file went bad meanwhile."""
         if index not in self._latents:
             self._latents[index] = self.encoder.clip(self.clips.read(index))
+            if len(self._latents) == len(self.captions):
+                self._place_encoders(torch.device("cpu"))
         return self._latents[index], self.encoder.text(self.captions[index])
+
+    def _place_encoders(self, device: torch.device) -> None:
+        for part in (self.encoder.stack.vae, self.encoder.stack.text_encoder):
+            part.to(device)
 
 
 class Prompts:
@@ -54,6 +65,7 @@ class Prompts:
 
     def __init__(self, captions: list[str], shape: Sequence[int], encoder: Encoder):
         self.captions, self.encoder, self.clip = captions, encoder, torch.zeros(*shape)
+        encoder.stack.text_encoder.to(encoder.device)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
         """(zeros (C, F, h, w), text embedding (L, D)), float32 on the CPU."""

@@ -1,8 +1,10 @@
-"""Which arithmetic a run uses, decided in one place."""
+"""Which device and arithmetic a run uses, decided in one place."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from avdm2_nodes.diffusion.precision import has_bf16
 
@@ -20,6 +22,19 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= found:
         raise DeviceError(f"Expected the device {name}, found {found} CUDA devices; choose another, or auto.")
     return device
+
+
+@contextlib.contextmanager
+def lent(device: torch.device, *modules: nn.Module) -> Iterator[None]:
+    """Modules on a device for the while, afterwards where they were: what is needed now and then takes no memory there in between."""
+    homes = [next(module.parameters()).device for module in modules]
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            module.to(home)
 
 
 def uses_bf16(device: torch.device, precision: str = "auto") -> bool:

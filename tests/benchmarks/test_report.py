@@ -73,6 +73,7 @@ def test_the_report_says_what_was_measured_and_what_was_not(whole, parts, tmp_pa
         "training": {"one mode": mode, "another": {MISSING: "needs a GPU"}},
         "scaling": {"subject": "one", "else": "8 frames", "axes": {"frames": points, "batch": points}},
         "counted": {"a part": 12.345678},
+        "planned": {"one.yaml": {"heads": 3 * 2**29, "all at once": 2**31}, "other.yaml": {"all at once": 2**32}},
     }
     path = write_report(results, tmp_path / "new", "some-day")
     text = path.read_text()
@@ -85,6 +86,7 @@ def test_the_report_says_what_was_measured_and_what_was_not(whole, parts, tmp_pa
     assert "1 step of the student's 4 and 1 of the teacher's 25" in text
     assert "| one mode | 4 clips, 8 x 64x64 | 3 s (2–4) | 0.3 | 0.1 | 10% | not measured |" in text
     assert "| another | not measured: needs a GPU |" in text
+    assert "| heads | 1.50 |  |" in text and "| all at once | 2.00 | 4.00 |" in text
     assert "| a part | 12.35 |" in text and "(some-day.png)" in text
     on_gpu = markdown(results | {"about": {"device": "cuda, a GPU"}}, None)
     assert "| student | 2 s (1–9) |\n" in on_gpu and "CPU time" not in on_gpu and "png" not in on_gpu

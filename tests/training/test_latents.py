@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,25 @@ def test_each_clip_is_read_once(clips, stack, monkeypatch):
     data.batch([1, 1, 3])
     data.batch([3, 1])
     assert seen == [1, 3] and len(data) == 4 and data.captions == clips.captions
+
+
+def test_vae_and_text_encoder_leave_the_device_when_every_clip_is_encoded(clips, stack, monkeypatch):
+    """They are lent to it meanwhile; only where they stay is told apart here, for this machine may have one device only."""
+    places = []
+    for part in (stack.vae, stack.text_encoder):
+        monkeypatch.setattr(part, "to", lambda device, part=part: places.append((part, device)))
+    monkeypatch.setattr("training.latents.lent", lambda *_: contextlib.nullcontext())
+    encoder = Encoder(stack, torch.device("cpu"), "float32")
+    data = EncodedClips(clips, encoder)
+    assert [part for part, _ in places] == [stack.vae, stack.text_encoder]
+    places.clear()
+    for index in (0, 1, 2, 1):
+        data.read(index)
+    assert not places
+    data.read(3)
+    assert len(places) == 2 and all(device == torch.device("cpu") for _, device in places)
+    data.read(0)
+    assert len(places) == 2
 
 
 def test_the_empty_prompt(clips, stack):

@@ -103,7 +103,7 @@ def plot_table(
         for y, name in enumerate(names):
             if metric in rows[name]:
                 value, low, high = rows[name][metric]
-                axis.barh(y, value, 0.68, color="#3d6fb4" if "student" in name.lower() else "#a9b8cc")
+                axis.barh(y, value, 0.68, color="#3d6fb4" if name.startswith("student") else "#a9b8cc")
                 axis.plot([low, high], [y, y], color="#1c1c1e", linewidth=1.2, marker="|", markersize=5)
         arrow = {"higher": " (higher is better)", "lower": " (lower is better)"}.get((better or {}).get(metric, ""), "")
         axis.set_title(metric + arrow, fontsize=9)

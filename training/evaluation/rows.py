@@ -3,9 +3,10 @@
 All rows show the same held-out prompts; whoever samples starts from the same noise.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +25,13 @@ from training.evaluation.backbones import Networks
 from training.evaluation.feature_net import VideoFeatures
 from training.evaluation.measure import Figure, figures, measure
 from training.miniature import world
-from training.precision import autocast
+from training.precision import autocast, lent
 from training.randomness import sample_generators
 
 # (noise (B, C, F, h, w), text (B, L, D), one generator a sample) -> clips in model space
 Sampler = Callable[[Tensor, Tensor, list[torch.Generator]], Tensor]
 
+CPU = torch.device("cpu")
 _PLACES = 2**14  # of latents (frames x height x width) that are sampled at once
 
 
@@ -68,32 +70,37 @@ class Gallery:
     """Prompts and the way their clips are sampled: every method starts from the same noise."""
 
     def __init__(
-        self, stack: Stack, prompts: Sequence[str], frames: int, height: int, width: int, seed: int = 0, precision: str = "auto"
-    ):
+        self, stack: Stack, prompts: Sequence[str], frames: int, height: int, width: int, seed: int = 0, precision: str = "auto",
+        device: torch.device = CPU,
+    ):  # fmt: skip
         self.stack, self.prompts, self.seed, self.precision = stack, list(prompts), seed, precision
         self.shape = (stack.vae.config.latent_channels, frames, height // stack.pixels, width // stack.pixels)
         self.batch = max(1, _PLACES // math.prod(self.shape[1:]))  # clips
-        self.device = next(stack.text_encoder.parameters()).device  # the UNets that sample are the roles' own
+        self.device = device  # where the UNets are that sample; VAE and text encoder come there when they are needed
 
     @torch.no_grad()
     def sample(self, method: Method, count: int | None = None) -> tuple[np.ndarray, float]:
         """(clips (N, F, H, W, 3) uint8, seconds a clip without decoding) of the first `count` prompts, by default all."""
         count = min(count or len(self.prompts), len(self.prompts))
         seconds, latents = 0.0, []
-        for start in tqdm(range(0, count, self.batch), method.name, leave=False, mininterval=2):
-            samples = range(start, min(start + self.batch, count))
-            generators = sample_generators(samples, self.seed, "evaluation")
-            noise = draw_noise((len(samples), *self.shape), generators, self.device)
-            with autocast(self.device, self.precision):
-                text = self.stack.encode_text(self.prompts[samples.start : samples.stop])
-                began = time.perf_counter()
-                latents.append(method.sample(noise, text.float(), generators).cpu())
-            seconds += time.perf_counter() - began
-        return np.concatenate([self._decode(part) for part in latents]), seconds / count
+        with lent(self.device, self.stack.text_encoder):
+            for start in tqdm(range(0, count, self.batch), method.name, leave=False, mininterval=2):
+                samples = range(start, min(start + self.batch, count))
+                generators = sample_generators(samples, self.seed, "evaluation")
+                noise = draw_noise((len(samples), *self.shape), generators, self.device)
+                with autocast(self.device, self.precision):
+                    text = self.stack.encode_text(self.prompts[samples.start : samples.stop])
+                    began = time.perf_counter()
+                    latents.append(method.sample(noise, text.float(), generators).cpu())
+                seconds += time.perf_counter() - began
+        with self.vae():
+            return np.concatenate([self.stack.decode_clips(part).numpy() for part in latents]), seconds / count
 
-    def _decode(self, latents: Tensor) -> np.ndarray:
-        with autocast(self.device, self.precision):
-            return self.stack.decode_clips(latents).numpy()
+    @contextlib.contextmanager
+    def vae(self) -> Iterator[None]:
+        """A context in which clips are encoded and decoded, on the device and in its arithmetic."""
+        with lent(self.device, self.stack.vae), autocast(self.device, self.precision):
+            yield
 
 
 class Bench(Gallery):
@@ -104,12 +111,12 @@ class Bench(Gallery):
 
     def __init__(
         self, stack: Stack, net: VideoFeatures, clips: int, seed: int = 0, style: str = "plain", judge_style: bool = False,
-        precision: str = "auto",
+        precision: str = "auto", device: torch.device = CPU,
     ):  # fmt: skip
         self.net, self.style, self.judge_style = net, style, judge_style
         self.contents = world.draw_contents(clips, held_out=True, seed=seed)
         captions = [content.caption for content in self.contents]
-        super().__init__(stack, captions, world.FRAMES, world.SIDE, world.SIDE, seed, precision)
+        super().__init__(stack, captions, world.FRAMES, world.SIDE, world.SIDE, seed, precision, device)
 
     def real_clips(self, draw: int) -> np.ndarray:
         """(N, F, H, W, 3) uint8: rendered clips of the prompts; another `draw` is another place, speed and ground of each."""
@@ -122,8 +129,8 @@ class Bench(Gallery):
     def floor_clips(self) -> np.ndarray:
         """Other real clips than the reference's, through the VAE: as near as anything sampled could come."""
         parts = torch.from_numpy(self.real_clips(draw=1)).split(self.batch)
-        with autocast(self.device, self.precision):
-            return np.concatenate([self._decode(self.stack.encode_clips(part)) for part in parts])
+        with self.vae():
+            return np.concatenate([self.stack.decode_clips(self.stack.encode_clips(part)).numpy() for part in parts])
 
     def measure(self, clips: np.ndarray) -> dict[str, np.ndarray]:
         return measure(clips, self.contents[: len(clips)], self.net, self.style if self.judge_style else None)
@@ -138,9 +145,12 @@ class VideoBench(Gallery):
     The first `clips` videos give the prompts and the reference; as many others, where the folder has them, the floor.
     """
 
-    def __init__(self, stack: Stack, networks: Networks, real: ClipFolder, clips: int, seed: int = 0, precision: str = "auto"):
+    def __init__(
+        self, stack: Stack, networks: Networks, real: ClipFolder, clips: int, seed: int = 0, precision: str = "auto",
+        device: torch.device = CPU,
+    ):  # fmt: skip
         self.networks, self.real = networks, real
-        super().__init__(stack, real.captions[:clips], real.frames, real.height, real.width, seed, precision)
+        super().__init__(stack, real.captions[:clips], real.frames, real.height, real.width, seed, precision, device)
 
     def reference(self) -> dict[str, np.ndarray]:
         return self.networks.measure(self.real.read, self.prompts, len(self.prompts))
@@ -148,8 +158,9 @@ class VideoBench(Gallery):
     def floor_clips(self) -> np.ndarray:
         """Real clips through the VAE: others than the reference's as far as there are."""
         numbers = range(len(self.real))[-len(self.prompts) :]
-        with autocast(self.device, self.precision):
-            return np.concatenate([self._decode(self.stack.encode_clips(self.real.read(i)[None])) for i in numbers])
+        with self.vae():
+            clips = (self.stack.encode_clips(self.real.read(i)[None]) for i in numbers)
+            return np.concatenate([self.stack.decode_clips(clip).numpy() for clip in clips])
 
     def measure(self, clips: np.ndarray) -> dict[str, np.ndarray]:
         return self.networks.measure(lambda i: torch.from_numpy(clips[i]), self.prompts, len(clips))
