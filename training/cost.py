@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
 from avdm2_nodes.diffusion.stack import Stack
+from avdm2_nodes.diffusion.unets import video_unet
 from training.config import DistillConfig
 from training.discriminator import DiscriminatorHeads
 from training.roles import Roles, build_roles
@@ -67,16 +68,27 @@ def meta_stack(unet: dict, motion: dict) -> Stack:
         return Stack(None, None, None, None, UNet2DConditionModel.from_config(unet), MotionAdapter.from_config(motion))
 
 
-def meta_roles(config: DistillConfig, unet: dict = SD15, motion: dict = V3) -> tuple[Roles, DiscriminatorHeads]:
-    """The roles of a run's settings, and the heads for their encoder, on the meta device."""
-    model, stack = config.model, meta_stack(unet, motion)
-    with torch.device("meta"):
+def meta_roles(
+    config: DistillConfig, unet: dict = SD15, motion: dict = V3, half: bool = False
+) -> tuple[Roles, DiscriminatorHeads]:
+    """The roles of a run's settings, and the heads for their encoder, on the meta device; `half` as `build_roles` has it.
+
+    A finished student, where a style is trained for one, is a video UNet like the teacher.
+    """
+    model, stack, style = config.model, meta_stack(unet, motion), meta_stack(unet, motion).image_unet
+    of_numbers = {  # what a style does to weights leaves no tensor behind
+        "student_unet": lambda *_: video_unet(stack.image_unet, stack.motion).requires_grad_(False),
+        "style_change": lambda *_: {}, "add_change": lambda *_: None, "begin_with": lambda *_: None,
+    }  # fmt: skip
+    with torch.device("meta"), mock.patch.multiple("training.roles", **of_numbers):
         roles = build_roles(
             stack,
             train=model.train,
             share_base=model.share_base,
             lora_rank=model.lora_rank,
             gradient_checkpointing=model.gradient_checkpointing,
+            half=half,
+            score_unet=style if model.train == "style" else None,
         )
         widths = stack.image_unet.config.block_out_channels
         return roles, DiscriminatorHeads([*widths[-3:-1], widths[-1]])

@@ -55,7 +55,7 @@ from training.learner import DivergedError, OptimiserError
 from training.loop import Distillation, train
 from training.miniature import world
 from training.parent import Stop, StoppedError, never, watch
-from training.precision import DeviceError
+from training.precision import DeviceError, autocast, uses_bf16
 from training.processes import LostProcessError, Processes, require_equal_parts
 from training.roles import Roles, build_roles
 from training.run_folder import RunFolder, RunFolderError
@@ -101,7 +101,8 @@ def distil(
     if config.style.images:
         with processes.first_alone():
             score_unet = learn_style(config, stack, run.path / "images", device, stop)
-    roles = new_roles(config, stack, score_unet, begun).to(device)
+    half = uses_bf16(device, config.run.precision)
+    roles = new_roles(config, stack, score_unet, begun, half).to(device)
     with processes.first_alone():
         data = open_data(config, run, stack, roles, score_unet, device)
     processes.require_same("clips", data.captions)
@@ -175,9 +176,13 @@ def render_clips(config: DistillConfig) -> None:
 
 
 def new_roles(
-    config: DistillConfig, stack: Stack, score_unet: UNet2DConditionModel | None, begun: Student | None = None
+    config: DistillConfig,
+    stack: Stack,
+    score_unet: UNet2DConditionModel | None,
+    begun: Student | None = None,
+    half: bool = False,
 ) -> Roles:
-    """The networks that a run's settings ask for."""
+    """The networks that a run's settings ask for; with `half` for bf16 autocast only."""
     return build_roles(
         stack,
         train=config.model.train,
@@ -188,13 +193,14 @@ def new_roles(
         seed=config.run.seed,
         student=begun,
         motion_strength=config.style.motion,
+        half=half,
     )
 
 
 def new_heads(config: DistillConfig, roles: Roles, data: LatentClips) -> DiscriminatorHeads:
     """Discriminator heads for the features that this teacher's encoder gives, initialised from the run's seed."""
     clips, text = data.batch([0])
-    with torch.no_grad():
+    with torch.no_grad(), autocast(clips.device, config.run.precision):
         features = roles.encoder(clips, torch.zeros(1, dtype=torch.long, device=clips.device), text)
     torch.manual_seed(config.run.seed)
     return DiscriminatorHeads([feature.shape[1] for feature in features])

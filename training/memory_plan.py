@@ -80,8 +80,9 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def memory_plan(config: DistillConfig, unet: dict = SD15, motion: dict = V3) -> Plan:
     """The plan of a run's settings for networks of these configurations, by default SD1.5 with AnimateDiff's v3."""
-    roles, heads = meta_roles(config, unet, motion)
-    return plan_of(config, roles, heads, meta_inputs(config, unet), half=config.run.precision != "float32")
+    half = config.run.precision != "float32"
+    roles, heads = meta_roles(config, unet, motion, half)
+    return plan_of(config, roles, heads, meta_inputs(config, unet), half)
 
 
 def plan_of(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, inputs: Inputs, half: bool) -> Plan:

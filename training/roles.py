@@ -7,7 +7,7 @@ frozen base. The numbers are the same; the memory is not.
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -123,14 +123,16 @@ def build_roles(
     seed: int = 0,
     student: Student | None = None,
     motion_strength: float = 1.0,
+    half: bool = False,
 ) -> Roles:
     """The roles of a run, from frozen float32 weights in `stack` (the teacher) and `score_unet` (the real score, if another).
 
     `train`: "all" weights of student and fake score, each a copy; "motion" modules only, or "motion+lora": motion modules and
     LoRA on the spatial layers; with both the fake score is a LoRA on the real score. `share_base` puts those adapters on one copy of
     the spatial weights. The student begins as the teacher, or as a finished `student`; with "style" it is that one, frozen, with
-    LoRA on its spatial layers (see `_restyled`). Raises ValueError for share_base with "all", StackError for a score UNet of other
-    latents or texts, StudentFileError for a student of another base or of weights that are not those to be trained.
+    LoRA on its spatial layers (see `_restyled`). With `half`, for runs in bf16 autocast, frozen weights are held in bf16. Raises
+    ValueError for share_base with "all", StackError for a score UNet of other latents or texts, StudentFileError for a student of
+    another base or of weights that are not those to be trained.
     """
     score_unet = score_unet or stack.image_unet
     for key in ("in_channels", "cross_attention_dim"):
@@ -143,14 +145,30 @@ def build_roles(
     if share_base and train == "all":
         raise ValueError("Expected adapters on a shared base, found train: all; train motion+lora or motion, or share no base.")
     if train == "style":
-        return _restyled(student, stack, score_unet, share_base, lora_rank, gradient_checkpointing, seed, motion_strength)
+        settings = share_base, lora_rank, gradient_checkpointing, seed, motion_strength, half
+        return _restyled(student, stack, score_unet, *settings)
     if train == "all":
         roles = _copies(stack, score_unet, gradient_checkpointing)
     else:
         roles = _adapted(train, stack, score_unet, share_base, lora_rank, gradient_checkpointing, seed)
     if student is not None:
         _begin_as(student, roles, stack, train)
+    if half:
+        halve(roles.modules)
     return roles
+
+
+@torch.no_grad()
+def halve(modules: Iterable[nn.Module]) -> None:
+    """Puts the frozen weights of products into bf16, in place: the numbers that autocast would make of them at each use.
+
+    Normalisations keep theirs, for autocast leaves those in float32; so do layers of which anything is trained.
+    """
+    for layer in {id(layer): layer for module in modules for layer in module.modules()}.values():
+        own = list(layer.parameters(recurse=False))
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not any(weight.requires_grad for weight in own):
+            for weight in own:
+                weight.data = weight.data.bfloat16()
 
 
 def _adapted(
@@ -228,22 +246,28 @@ def _restyled(
     gradient_checkpointing: bool,
     seed: int,
     motion_strength: float,
+    half: bool,
 ) -> Roles:
     """ "style": LoRA on a finished student's spatial layers; teacher and both scores stand on the style backbone.
 
     The guide is the student transplanted onto that backbone, its motion modules at `motion_strength`: there they move things better
     than the teacher's own, and a little too slowly. The LoRA begins as what it can hold of the transplant.
     """
-    change = style_change(stack.image_unet, style)
-    own, guide = student_unet(student, stack.image_unet), student_unet(student, stack.image_unet)
+    finish = (
+        halve if half else lambda modules: None
+    )  # one network after another: together they may be more than a computer holds
+    change, guide = style_change(stack.image_unet, style), student_unet(student, stack.image_unet)
     add_change(guide, change, 1.0)
     with torch.no_grad():
         for name, weight in guide.named_parameters():
             if "motion_modules" in name and ".proj_out." in name:
                 weight *= motion_strength
-    adapters, score_adapters = Adapters(), Adapters()
+    finish([guide])
+    adapters, score_adapters, own = Adapters(), Adapters(), student_unet(student, stack.image_unet)
     student_weights = adapters.add(share_spatial_layers(own, stack.image_unet), "student", lora_rank, seed)
     begin_with(student_weights, change)
+    del change
+    finish([own])
     teacher = video_unet(style, stack.motion).eval()
     real = share_spatial_layers(teacher, style) if share_base else copy.deepcopy(style)
     fake = real if share_base else copy.deepcopy(style)
@@ -252,6 +276,7 @@ def _restyled(
         (teacher, score_adapters), (own, adapters, "student"), (real, score_adapters), fake,
         student_weights, fake_weights, gradient_checkpointing,
     )  # fmt: skip
+    finish(roles.modules)
     return replace(roles, guide=video_predictor(guide), modules=[*roles.modules, guide])
 
 

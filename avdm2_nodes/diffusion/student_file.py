@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel
+from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as validated_dataclass
 from safetensors import SafetensorError, safe_open
@@ -286,17 +287,21 @@ def student_unet(student: Student, image_unet: UNet2DConditionModel | None = Non
     weights = student.tensors
     if info.holds != "all":
         weights = _merged(dict(image_unet.named_parameters()), weights, info)
-    unet = without_waste(UNetMotionModel(**info.unet_config))
-    unet.load_state_dict(unet.state_dict() | weights)
-    return unet.eval().requires_grad_(False)
+    unet = meta_unet(info, student.name)  # no weight is drawn at random first, nor held twice
+    weights = {name: w.detach().to("cpu", torch.float32, copy=True) for name, w in {**weights, **positions(student)}.items()}
+    unet.load_state_dict(weights, assign=True)
+    return without_waste(unet).eval().requires_grad_(False)
 
 
 def positions(student: Student) -> dict[str, Tensor]:
     """The position encodings of the student's motion modules, by name: the file's, or diffusers' own where it has none."""
-    names = [key for key, _ in meta_unet(student.info, student.name).named_buffers()]
-    missing = [key for key in names if key not in student.tensors]
-    own = dict(UNetMotionModel(**student.info.unet_config).named_buffers()) if missing else {}
-    return {key: student.tensors.get(key, own.get(key)) for key in names}
+    found = {}
+    for name, module in meta_unet(student.info, student.name).named_modules():
+        if isinstance(module, SinusoidalPositionalEmbedding):
+            _, length, width = module.pe.shape
+            key = f"{name}.pe"
+            found[key] = student.tensors[key] if key in student.tensors else SinusoidalPositionalEmbedding(width, length).pe
+    return found
 
 
 # ---- the checks ----

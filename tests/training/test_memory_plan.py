@@ -23,18 +23,19 @@ def test_the_peak_is_what_stood_at_once():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(("train", "share_base"), [("all", False), ("motion", True), ("motion+lora", True)])
-def test_the_plan_is_what_is_allocated(stack, make_config, train, share_base, checkpointing):
+def test_the_plan_is_what_is_allocated(stack, make_config, train, share_base, half, checkpointing):
     model = {"train": train, "share_base": share_base, "gradient_checkpointing": checkpointing}
     config = make_config(model=model, data={"frames": 4}, sdm={"guidance": 2.0})
     unet, motion = dict(stack.image_unet.config), dict(stack.motion.config)
-    roles, heads = meta_roles(config, unet, motion)
-    planned = plan_of(config, roles, heads, meta_inputs(config, unet, TOKENS), half=False)
+    roles, heads = meta_roles(config, unet, motion, half)
+    planned = plan_of(config, roles, heads, meta_inputs(config, unet, TOKENS), half)
 
-    real = new_roles(config, stack, None)
+    real = new_roles(config, stack, None, half=half)
     real_heads = DiscriminatorHeads([*unet["block_out_channels"][-3:-1], unet["block_out_channels"][-1]])
     inputs = Inputs(torch.randn(1, 4, 4, 8, 8), torch.randn(1, TOKENS, unet["cross_attention_dim"]))
-    found = plan_of(config, real, real_heads, inputs, half=False)
+    found = plan_of(config, real, real_heads, inputs, half)
     assert planned.standing == found.standing
     for name, size in planned.turns.items():
         assert found.turns[name] == pytest.approx(size, rel=0.1), name

@@ -96,6 +96,31 @@ def test_only_what_is_trained_wants_a_gradient(stack, train, share_base):
     assert not {id(p) for p in roles.student_weights.values()} & {id(p) for p in roles.fake_weights.values()}
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("train", "share_base"), MODES)
+def test_frozen_weights_in_half_precision_are_what_autocast_makes_of_them(stack, inputs, train, share_base, checkpointing):
+    x, t, text = inputs
+    said = []
+    for half in (False, True):
+        roles = build_roles(
+            stack, train=train, share_base=share_base, lora_rank=2, gradient_checkpointing=checkpointing, half=half
+        )
+        disturb(roles)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = outputs(roles, inputs)
+            x0 = x - roles.student(x, t, text)
+            features = roles.encoder(x0, t, text)
+        (sum(f.float().square().mean() for f in features) + x0.square().mean()).backward()
+        said.append(out | {name: p.grad for name, p in roles.student_weights.items() if p.grad is not None})
+    assert said[0].keys() == said[1].keys() and len(said[0]) > 20
+    assert all(torch.equal(said[0][name], said[1][name]) for name in said[0])
+    trained = (*roles.student_weights.values(), *roles.fake_weights.values())
+    halved = [p for p in frozen(roles) if p.dtype == torch.bfloat16]
+    assert all(p.dtype == torch.float32 for p in trained) and sum(p.numel() for p in halved) > 1e5
+    assert all(p.dtype == torch.float32 for module in roles.modules for n, p in module.named_parameters() if ".norm" in n)
+    assert all(p.dtype == torch.float32 for p in stack.image_unet.parameters())
+
+
 def test_the_stack_itself_stays_as_it_is(stack):
     before = {name: p.clone() for name, p in stack.image_unet.named_parameters()}
     roles = build_roles(stack, train="motion+lora", share_base=True, lora_rank=2, gradient_checkpointing=True)

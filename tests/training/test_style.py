@@ -14,7 +14,10 @@ from avdm2_nodes.diffusion.style_file import StyleFileError, lora_change, lora_p
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor
 from training import distill, image_style
 from training.config import ConfigError, load_config, to_yaml
+from training.cost import Inputs, meta_inputs, meta_roles
 from training.data import DataError
+from training.discriminator import DiscriminatorHeads
+from training.memory_plan import plan_of
 from training.parent import StoppedError
 from training.roles import begin_with, build_roles
 from training.run_folder import RunFolder, RunFolderError
@@ -125,6 +128,23 @@ def test_with_adm_the_teacher_makes_the_real_clips_and_a_stopped_run_has_the_sam
 
 
 # ---- what it begins with ----
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+def test_the_memory_of_a_style_is_planned(stack, student, stack_folder, settings, share, half):
+    config = load_config(["--config", str(settings(model={"share_base": share}))])
+    unet, motion = dict(stack.image_unet.config), dict(stack.motion.config)
+    inputs = meta_inputs(config, unet, 32)
+    planned = plan_of(config, *meta_roles(config, unet, motion, half), inputs, half)
+    style = distill.load_image_unet(stack_folder / "styles" / "other")
+    real = distill.new_roles(config, stack, style, student, half)
+    widths = unet["block_out_channels"]
+    given = Inputs(torch.randn(inputs.x.shape), torch.randn(inputs.text.shape))
+    found = plan_of(config, real, DiscriminatorHeads([*widths[-3:-1], widths[-1]]), given, half)
+    assert planned.standing == found.standing
+    for name, size in planned.turns.items():
+        assert found.turns[name] == pytest.approx(size, rel=0.1), name
 
 
 def test_the_roles_of_a_style(stack, student, stack_folder):
