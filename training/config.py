@@ -160,6 +160,11 @@ class StyleConfig(Section):
     motion: float = Field(
         1.1, ge=0, description="strength of the motion modules in the transplanted student that guides the warm-up"
     )
+    strength: float = Field(
+        1.0,
+        gt=0,
+        description="how much of what was learnt the file's strength 1 stands for; below 1, motion and prompt suffer less",
+    )
     image_steps: int = Field(600, ge=1, description="steps of that image model, a LoRA on the teacher's own")
     image_batch: int = Field(32, ge=1, description="images a step")
     image_lr: float = Field(1e-3, gt=0, description="learning rate of that LoRA")

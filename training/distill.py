@@ -253,7 +253,7 @@ def export_style(
         student_name=student.info.title,
         student_hash=student_hash(student),
         lora_rank=config.model.lora_rank,
-        lora_alpha=config.model.lora_rank,
+        lora_alpha=config.style.strength * config.model.lora_rank,
         updates=config.warmup.updates + config.run.updates,
         training_config=to_yaml(config),
         title=f"{name} for {student.info.title}",
