@@ -127,7 +127,7 @@ def test_with_adm_the_teacher_makes_the_real_clips_and_a_stopped_run_has_the_sam
     assert all(torch.equal(whole.tensors[name], again.tensors[name]) for name in again.tensors)
 
 
-def test_a_file_may_hold_back_some_of_what_was_learnt(settings, work):
+def test_a_file_may_hold_back_some_of_what_was_learnt(settings, student, work):
     whole, part = (train(settings(style={"strength": strength}), work / f"strength-{strength}") for strength in (1.0, 0.75))
     assert part.info.lora_alpha == 1.5 and whole.info.lora_alpha == 2.0
     ours, theirs = lora_change(part), lora_change(whole)
