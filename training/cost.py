@@ -78,7 +78,7 @@ def meta_roles(
     model, stack, style = config.model, meta_stack(unet, motion), meta_stack(unet, motion).image_unet
     of_numbers = {  # what a style does to weights leaves no tensor behind
         "student_unet": lambda *_: video_unet(stack.image_unet, stack.motion).requires_grad_(False),
-        "style_change": lambda *_: {}, "add_change": lambda *_: None, "begin_with": lambda *_: None,
+        "StyleChange": lambda *_: {}, "add_change": lambda *_: None, "begin_with": lambda *_: None,
     }  # fmt: skip
     with torch.device("meta"), mock.patch.multiple("training.roles", **of_numbers):
         roles = build_roles(

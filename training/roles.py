@@ -7,7 +7,7 @@ frozen base. The numbers are the same; the memory is not.
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from avdm2_nodes.diffusion.stack import Stack, StackError
 from avdm2_nodes.diffusion.student_file import Student, StudentFileError, require_base, student_unet, unet_config
-from avdm2_nodes.diffusion.style import add_change, style_change
+from avdm2_nodes.diffusion.style import StyleChange, add_change
 from avdm2_nodes.diffusion.unets import (
     Predictor,
     encoder_features,
@@ -256,7 +256,7 @@ def _restyled(
     finish = (
         halve if half else lambda modules: None
     )  # one network after another: together they may be more than a computer holds
-    change, guide = style_change(stack.image_unet, style), student_unet(student, stack.image_unet)
+    change, guide = StyleChange(stack.image_unet, style), student_unet(student, stack.image_unet)
     add_change(guide, change, 1.0)
     with torch.no_grad():
         for name, weight in guide.named_parameters():
@@ -266,7 +266,6 @@ def _restyled(
     adapters, score_adapters, own = Adapters(), Adapters(), student_unet(student, stack.image_unet)
     student_weights = adapters.add(share_spatial_layers(own, stack.image_unet), "student", lora_rank, seed)
     begin_with(student_weights, change)
-    del change
     finish([own])
     teacher = video_unet(style, stack.motion).eval()
     real = share_spatial_layers(teacher, style) if share_base else copy.deepcopy(style)
@@ -281,7 +280,7 @@ def _restyled(
 
 
 @torch.no_grad()
-def begin_with(lora: dict[str, nn.Parameter], change: dict[str, Tensor]) -> None:
+def begin_with(lora: dict[str, nn.Parameter], change: Mapping[str, Tensor]) -> None:
     """Sets LoRA (alpha = rank) to the nearest to a change of the weights that its rank can hold (Eckart & Young, 1936)."""
     for key, down in lora.items():
         if key.endswith(".lora_A.weight"):

@@ -24,7 +24,7 @@ from avdm2_nodes.diffusion.samplers import Callback, Chain, Generators, Refine, 
 from avdm2_nodes.diffusion.schedules import TRAIN_TIMESTEPS
 from avdm2_nodes.diffusion.stack import Stack, StackError, load_image_unet, load_stack
 from avdm2_nodes.diffusion.student_file import Student, StudentFileError, read_student, student_timesteps, student_unet
-from avdm2_nodes.diffusion.style import StyleError, add_change, require_same_family, style_change
+from avdm2_nodes.diffusion.style import StyleChange, StyleError, add_change, require_same_family
 from avdm2_nodes.diffusion.style_file import StyleFileError, is_style, lora_change, read_style, require_student
 from avdm2_nodes.diffusion.taesd_file import load_taesd_file
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor
@@ -95,7 +95,7 @@ def add_styles(
             style = load_image_unet(path)
             require_same_family(style, stack.image_unet)
             if mode == "transplant":
-                add_change(unet, style_change(stack.image_unet, style), strength)
+                add_change(unet, StyleChange(stack.image_unet, style), strength)
             elif strength != 0:
                 guiding.append((style, strength))
     return guiding

@@ -4,7 +4,7 @@ A transplant adds what another image model has otherwise than the student's base
 learnt. A style file adds what training found for it. Both are changes by the names of the weights, so they add up.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -24,20 +24,37 @@ def require_same_family(style: UNet2DConditionModel, base: UNet2DConditionModel)
         )
 
 
-def style_change(base: UNet2DConditionModel, style: UNet2DConditionModel) -> dict[str, Tensor]:
+class StyleChange(Mapping[str, Tensor]):
     """style - base of each weight, float32 on the CPU, by its name in the image UNet, which is also its name in a video UNet.
 
+    Each is computed when it is asked for, and none is kept: beside networks of full size all of them would be 3 GB more.
     StyleError for a style of another architecture.
     """
-    ours, theirs = (dict(unet.named_parameters()) for unet in (base, style))
-    different = [name for name in ours.keys() | theirs.keys() if _shape(ours, name) != _shape(theirs, name)]
-    if different:
-        raise StyleError(
-            f"Expected a style of the architecture that the student's base has, found {len(different)} layers unlike its own (such as "
-            f"{min(different)}); choose a model made from the same base."
-        )
-    with torch.no_grad():
-        return {name: theirs[name].float().cpu() - ours[name].float().cpu() for name in ours}
+
+    def __init__(self, base: UNet2DConditionModel, style: UNet2DConditionModel):
+        self.base, self.style = (dict(unet.named_parameters()) for unet in (base, style))
+        names = self.base.keys() | self.style.keys()
+        different = [name for name in names if _shape(self.base, name) != _shape(self.style, name)]
+        if different:
+            raise StyleError(
+                f"Expected a style of the architecture that the student's base has, found {len(different)} layers unlike its own (such as "
+                f"{min(different)}); choose a model made from the same base."
+            )
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        return self.style[name].float().cpu() - self.base[name].float().cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+
+def style_change(base: UNet2DConditionModel, style: UNet2DConditionModel) -> dict[str, Tensor]:
+    """A `StyleChange` as tensors, which need neither of the two UNets any more. StyleError as there."""
+    return dict(StyleChange(base, style))
 
 
 def _shape(weights: Mapping[str, Tensor], name: str) -> torch.Size | None:

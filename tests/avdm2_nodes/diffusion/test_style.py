@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from avdm2_nodes.diffusion.stack import load_image_unet
-from avdm2_nodes.diffusion.style import StyleError, add_change, style_change
+from avdm2_nodes.diffusion.style import StyleChange, StyleError, add_change, style_change
 from avdm2_nodes.diffusion.unets import video_predictor
 
 
@@ -52,3 +52,11 @@ def test_a_style_of_another_architecture_is_refused(stack, make_image_unet):
         style_change(stack.image_unet, make_image_unet((32, 64, 64)))
     with pytest.raises(StyleError, match=r"found 1 weights unlike its own \(such as conv_in.weight\)"):
         add_change(stack.image_unet, {"conv_in.weight": torch.zeros(3)}, 1.0)
+
+
+def test_a_change_is_computed_when_it_is_asked_for_and_says_the_same(stack, other):
+    whole, lazy = style_change(stack.image_unet, other), StyleChange(stack.image_unet, other)
+    assert lazy.keys() == whole.keys() and len(lazy) == len(whole)
+    for name, delta in lazy.items():
+        torch.testing.assert_close(delta, other.get_parameter(name) - stack.image_unet.get_parameter(name), rtol=0, atol=0)
+        assert torch.equal(delta, whole[name]) and lazy[name] is not lazy[name]
