@@ -288,14 +288,17 @@ def begin_with(lora: dict[str, nn.Parameter], change: Mapping[str, Tensor]) -> N
             matrix = change[f"{module}.weight"].flatten(1).double()
             if not matrix.any():
                 continue
-            # The largest singular pairs by the small Gram matrix: quicker than an SVD where a kernel has many inputs.
-            squares, left = torch.linalg.eigh(matrix @ matrix.T)
-            squares, left = squares[-len(down) :].clamp(min=0), left[:, -len(down) :]
+            # The largest singular pairs by the smaller Gram matrix: an SVD takes longer, and the larger one, of a layer with
+            # many inputs or outputs, a hundred times as long.
+            wide = matrix.shape[0] <= matrix.shape[1]
+            squares, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
+            squares, vectors = squares[-len(down) :].clamp(min=0), vectors[:, -len(down) :]
             root = squares.sqrt().sqrt().clamp(min=1e-12)
-            up = lora[f"{module}.lora_B.weight"]
-            rank = left.shape[1]  # of a layer with fewer outputs than the LoRA's rank, these
-            up.flatten(1)[:, :rank] = left * root
-            down.flatten(1)[:rank] = (left / root).T @ matrix
+            left = vectors * root if wide else matrix @ vectors / root
+            right = (vectors / root).T @ matrix if wide else (vectors * root).T
+            rank = left.shape[1]  # of a layer with fewer outputs or inputs than the LoRA's rank, these
+            lora[f"{module}.lora_B.weight"].flatten(1)[:, :rank] = left
+            down.flatten(1)[:rank] = right
 
 
 def _copies(stack: Stack, score_unet: UNet2DConditionModel, gradient_checkpointing: bool) -> Roles:
