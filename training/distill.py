@@ -91,6 +91,17 @@ def distil(
     `stop` ends its training early, as `train` does. All processes of a run call it together; without `processes` this one is alone.
     """
     processes = processes or Processes(config.run.device)
+    path, *shown = _trained(config, run, stop, processes)
+    if report and processes.main:
+        write_run_report(config, path, *shown)
+        logger.info("Beside it: its clips and its teacher's (clips.png, clips.webp) and the figures (report.md).")
+    return path
+
+
+def _trained(
+    config: DistillConfig, run: RunFolder, stop: Stop, processes: Processes
+) -> tuple[Path, Stack, Predictor, Gallery, Student | None]:
+    """(the file that training left, and what the report needs beside it): everything else is let go of, which is most of memory."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     device = processes.device
@@ -126,16 +137,14 @@ def distil(
         train(distillation, data, run, log, show, stop)
 
     if not processes.main:
-        return run.path / (STYLE if config.model.train == "style" else STUDENT)
-    if config.model.train == "style":
+        path = run.path / (STYLE if config.model.train == "style" else STUDENT)
+    elif config.model.train == "style":
         path = export_style(config, run, stack, roles, score_unet, begun)
+        logger.info("The style is %s.", path)
     else:
         path = export(config, run, stack, roles, score_unet)
-    logger.info("The %s is %s.", path.stem, path)
-    if report:
-        write_run_report(config, path, stack, roles.teacher, gallery, begun)
-        logger.info("Beside it: its clips and its teacher's (clips.png, clips.webp) and the figures (report.md).")
-    return path
+        logger.info("The student is %s.", path)
+    return path, stack, roles.teacher, gallery, begun
 
 
 def begin_from(config: DistillConfig) -> Student | None:
