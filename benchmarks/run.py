@@ -94,8 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 def planned(file: Path) -> dict[str, int]:
     """Bytes that a run of these settings would take, by name, counted without numbers."""
     logger.info("Counting the memory of %s", file.name)
-    plan = memory_plan(load_config(["--config", str(file)]))
-    return plan.standing | plan.turns | {"all at once": plan.total}
+    return memory_plan(load_config(["--config", str(file)])).rows
 
 
 def about(device: torch.device, repetitions: int) -> dict:

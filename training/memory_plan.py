@@ -72,6 +72,11 @@ class Plan:
     def total(self) -> int:
         return sum(self.standing.values()) + max(self.turns.values())
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """All of it by name, the total last."""
+        return self.standing | self.turns | {"all at once": self.total}
+
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Of different tensors, each counted once."""
@@ -144,5 +149,4 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 def in_words(plan: Plan) -> str:
     """A table of the plan, in GiB."""
-    rows = {**plan.standing, **plan.turns, "all at once": plan.total}
-    return "\n".join(f"{size / GIB:8.2f} GiB  {name}" for name, size in rows.items())
+    return "\n".join(f"{size / GIB:8.2f} GiB  {name}" for name, size in plan.rows.items())

@@ -253,9 +253,8 @@ def _restyled(
     The guide is the student transplanted onto that backbone, its motion modules at `motion_strength`: there they move things better
     than the teacher's own, and a little too slowly. The LoRA begins as what it can hold of the transplant.
     """
-    finish = (
-        halve if half else lambda modules: None
-    )  # one network after another: together they may be more than a computer holds
+    # One network after another: together, in float32, they may be more than a computer holds.
+    finish = halve if half else lambda modules: None
     change, guide = StyleChange(stack.image_unet, style), student_unet(student, stack.image_unet)
     add_change(guide, change, 1.0)
     with torch.no_grad():
