@@ -10,7 +10,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
 
 from training.config import ConfigError, load_config
-from training.cost import count_parts, meta_inputs, meta_roles, update_cost
+from training.cost import count_parts, meta_inputs, meta_roles, phases, update_cost
 from training.memory_plan import in_words, memory_plan
 
 
@@ -20,10 +20,17 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{data.frames} frames of {data.width}x{data.height}, model.train {config.model.train}")
     print(in_words(memory_plan(config)))
     parts = count_parts(*meta_roles(config), meta_inputs(config))
-    for phase, matching in (("warm-up", False), ("distribution matching", True)):
-        cost = update_cost(config, parts, matching)
-        print(f"\nOperations for a clip and update of the {phase}:")
-        print("\n".join(f"{n / 1e12:8.1f} T  {name}" for name, n in (cost | {"together": sum(cost.values())}).items()))
+    mean, counts = 0.0, phases(config)
+    for phase, updates in counts.items():
+        cost = update_cost(config, parts, phase)
+        together = sum(cost.values())
+        mean += together * updates / counts.total()
+        words = ["warm-up", "distribution matching"][phase.matching] + ("" if phase.critics else ", without critics")
+        if phase.matching and config.adm.weight > 0 and not phase.adm:
+            words += ", without ADM"
+        print(f"\nOperations for a clip and update of the {words} ({updates} updates):")
+        print("\n".join(f"{n / 1e12:8.1f} T  {name}" for name, n in (cost | {"together": together}).items()))
+    print(f"\n{mean / 1e12:8.1f} T  mean of the whole run")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ own functions and checkpointing; how often an update takes each follows from the
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest import mock
@@ -20,6 +21,7 @@ from avdm2_nodes.diffusion.stack import Stack
 from avdm2_nodes.diffusion.unets import video_unet
 from training.config import DistillConfig
 from training.discriminator import DiscriminatorHeads
+from training.loop import Phase, phase_of
 from training.roles import Roles, build_roles
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}  # of diffusers' UNet2DConditionModel, whose defaults are SD1.5's
@@ -168,8 +170,8 @@ def operations(function: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def update_cost(config: DistillConfig, parts: Parts, matching: bool) -> dict[str, float]:
-    """Operations for a clip of one update, by what they are for: of the warm-up (with critics), or of distribution matching.
+def update_cost(config: DistillConfig, parts: Parts, phase: Phase) -> dict[str, float]:
+    """Operations for a clip of one update of a phase, by what they are for.
 
     The mean over the student's chain, each of whose steps a batch has equally often.
     """
@@ -177,23 +179,28 @@ def update_cost(config: DistillConfig, parts: Parts, matching: bool) -> dict[str
     frames = sdm.frames
     sdm_share, adm_share = _judged(config, IMAGE, sdm.t_max), _judged(config, VIDEO, adm.t_max)
     cost = {"clips: steps before the one that learns": (len(student.steps) - 1) / 2 * parts.student}
-    if matching or warmup.guidance != 1:
+    if phase.matching or warmup.guidance != 1:
         cost["student"] = parts.student_learns
     else:
         cost["student"] = parts.student
-    if not matching and warmup.guidance != 1:
+    if not phase.matching and warmup.guidance != 1:
         cost["guided teacher"] = warmup.substeps * 2 * parts.teacher
-    if matching and sdm.weight > 0:
+    if phase.matching and sdm.weight > 0:
         real = 1 if sdm.guidance == 1 else 2
         cost["SDM"] = sdm_share * frames * (1 + real) * parts.score
-    if matching and adm.weight > 0:
+    if phase.adm:
         cost["ADM"] = adm_share * (parts.encoder_through + parts.heads_learn)
-    if sdm.weight > 0:
+    if phase.critics and sdm.weight > 0:
         cost["fake score"] = sdm_share * sdm.updates_per_student * frames * parts.fake_learns
-    if adm.weight > 0:
+    if phase.critics and adm.weight > 0:
         judgements = 2 + (adm.r1_weight > 0)
         cost["heads"] = adm_share * adm.updates_per_student * judgements * (parts.encoder + parts.heads_learn)
     return cost
+
+
+def phases(config: DistillConfig) -> Counter[Phase]:
+    """The number of a run's updates of each phase, in their order."""
+    return Counter(phase_of(config, step) for step in range(config.warmup.updates + config.run.updates))
 
 
 def _judged(config: DistillConfig, schedule, t_max: int) -> float:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +56,22 @@ class Made:
         """The clips of these places in the batch only."""
         tensors = (self.text, self.real, self.x_t, self.t, self.next_t, self.fake)
         return Made([self.samples[i] for i in chosen], *(tensor[chosen] for tensor in tensors))
+
+
+class Phase(NamedTuple):
+    """What updates of the same work have in common."""
+
+    matching: bool  # by distribution matching; before, the warm-up
+    critics: bool  # fake score and heads learn
+    adm: bool  # the student learns by ADM too
+
+
+def phase_of(config: DistillConfig, step: int) -> Phase:
+    """The phase of a run's update, counted from 0."""
+    matching = step - config.warmup.updates
+    critics_from = min(config.warmup.critics_from, config.warmup.updates)
+    adm = matching >= config.adm.start_update and config.adm.weight > 0
+    return Phase(matching >= 0, step >= critics_from, matching >= 0 and adm)
 
 
 class Distillation:
@@ -206,20 +223,15 @@ class Distillation:
     def student_losses(self, step: int, made: Made, clips: Tensor) -> dict[str, Tensor]:
         """The student's weighted losses at a step: of guidance in the warm-up, then of distribution matching."""
         config = self.config
-        if step < config.warmup.updates:
+        phase = phase_of(config, step)
+        if not phase.matching:
             return {"guidance": self.guidance(made, clips)}
         losses = {}
         if config.sdm.weight > 0:
             losses["sdm"] = config.sdm.weight * self.sdm(made, clips)
-        if config.adm.weight > 0 and step - config.warmup.updates >= config.adm.start_update:
+        if phase.adm:
             losses["adm"] = config.adm.weight * self.adm(made, clips)
         return losses
-
-    def phase(self, step: int) -> tuple[bool, bool, bool]:
-        """What updates of the same work as this step's have in common: (is of the warm-up, critics learn, ADM has begun)."""
-        matching = step - self.config.warmup.updates
-        critics_from = min(self.config.warmup.critics_from, self.config.warmup.updates)
-        return matching < 0, step >= critics_from, matching >= self.config.adm.start_update
 
     def student_lr(self, step: int) -> float:
         """Its learning rate at a step; each of the two phases begins with a ramp."""
@@ -258,7 +270,7 @@ class Distillation:
             figures["student_norm"] = norm
             self.critic.optimiser.zero_grad(set_to_none=True)  # the student's loss left gradients in the heads
             self.ema.update()
-        if not self.phase(step)[1]:
+        if not phase_of(config, step).critics:
             return figures
         if config.sdm.weight > 0:
             for turn in range(config.sdm.updates_per_student):
@@ -324,7 +336,7 @@ def train(
     stop()  # from now on it is asked, and no update is broken off
     with tqdm(total=total, initial=start, desc="distilling", unit="update", disable=not processes.main) as bar:
         for step in range(start, total):
-            figures = meter.update(distillation.phase(step), lambda clips, step=step: distillation.update(step, clips))
+            figures = meter.update(phase_of(config, step), lambda clips, step=step: distillation.update(step, clips))
             done = step + 1
             skipped = {
                 f"{x.name} skipped": x.skipped
