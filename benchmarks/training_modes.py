@@ -61,7 +61,7 @@ def _measure(teacher: Path | None, options: list[str], threads: int, repetitions
     before = 0 if device.type == "cuda" else resident_bytes()
     stack = load_stack(teacher) if teacher else random_stack()
     image_unet = stack.image_unet.config
-    roles = new_roles(config, stack, None, half=uses_bf16(device, config.run.precision)).to(device)
+    roles = new_roles(config, stack, None, half=uses_bf16(device, config.run.precision), device=device)
     text, empty = torch.randn(2, TOKENS, image_unet.cross_attention_dim).to(device).split(1)
     clip = (1, image_unet.in_channels, config.data.frames, config.data.height // 8, config.data.width // 8)
     data, number = Noise(clip, text), iter(range(10**6))

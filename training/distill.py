@@ -113,7 +113,7 @@ def _trained(
         with processes.first_alone():
             score_unet = learn_style(config, stack, run.path / "images", device, stop)
     half = uses_bf16(device, config.run.precision)
-    roles = new_roles(config, stack, score_unet, begun, half).to(device)
+    roles = new_roles(config, stack, score_unet, begun, half, device)
     with processes.first_alone():
         data = open_data(config, run, stack, roles, score_unet, device)
     processes.require_same("clips", data.captions)
@@ -190,8 +190,9 @@ def new_roles(
     score_unet: UNet2DConditionModel | None,
     begun: Student | None = None,
     half: bool = False,
+    device: torch.device | None = None,
 ) -> Roles:
-    """The networks that a run's settings ask for; with `half` for bf16 autocast only."""
+    """The networks that a run's settings ask for, on `device`; with `half` for bf16 autocast only."""
     return build_roles(
         stack,
         train=config.model.train,
@@ -203,6 +204,7 @@ def new_roles(
         student=begun,
         motion_strength=config.style.motion,
         half=half,
+        device=device,
     )
 
 

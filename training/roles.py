@@ -32,6 +32,7 @@ from avdm2_nodes.diffusion.unets import (
 from training.randomness import keyed_generator
 
 Encoder = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
+Place = Callable[..., None]  # takes networks of which no more is changed
 
 # Every spatial layer with a weight matrix but the first and last convolution, which the image and the video UNet hold apart.
 _LORA_TARGETS = (
@@ -53,12 +54,7 @@ class Roles:
     fake_weights: dict[str, nn.Parameter]
     student_positions: dict[str, Tensor]  # position encodings of the student's motion modules: buffers, never trained
     student_config: dict  # what builds its UNet again
-    modules: list[nn.Module] = field(repr=False)  # everything that has to be on the device
-
-    def to(self, device: torch.device) -> "Roles":
-        for module in self.modules:
-            module.to(device)
-        return self
+    modules: list[nn.Module] = field(repr=False)  # all that they are made of
 
 
 class Adapters:
@@ -124,15 +120,17 @@ def build_roles(
     student: Student | None = None,
     motion_strength: float = 1.0,
     half: bool = False,
+    device: torch.device | None = None,
 ) -> Roles:
     """The roles of a run, from frozen float32 weights in `stack` (the teacher) and `score_unet` (the real score, if another).
 
     `train`: "all" weights of student and fake score, each a copy; "motion" modules only, or "motion+lora": motion modules and
     LoRA on the spatial layers; with both the fake score is a LoRA on the real score. `share_base` puts those adapters on one copy of
     the spatial weights. The student begins as the teacher, or as a finished `student`; with "style" it is that one, frozen, with
-    LoRA on its spatial layers (see `_restyled`). With `half`, for runs in bf16 autocast, frozen weights are held in bf16. Raises
-    ValueError for share_base with "all", StackError for a score UNet of other latents or texts, StudentFileError for a student of
-    another base or of weights that are not those to be trained.
+    LoRA on its spatial layers (see `_restyled`). With `half`, for runs in bf16 autocast, frozen weights are held in bf16. All go to
+    `device`, one network after another, for together they may be more than a computer's memory holds; the stack stays where it is.
+    Raises ValueError for share_base with "all", StackError for a score UNet of other latents or texts, StudentFileError for a
+    student of another base or of weights that are not those to be trained.
     """
     score_unet = score_unet or stack.image_unet
     for key in ("in_channels", "cross_attention_dim"):
@@ -144,17 +142,25 @@ def build_roles(
             )
     if share_base and train == "all":
         raise ValueError("Expected adapters on a shared base, found train: all; train motion+lora or motion, or share no base.")
+
+    def place(*modules: nn.Module) -> None:
+        """To the device, of which network nothing that is frozen has to be float32 any more."""
+        if half:
+            halve(modules)
+        for module in modules if device is not None else ():
+            module.to(device)
+
     if train == "style":
-        settings = share_base, lora_rank, gradient_checkpointing, seed, motion_strength, half
-        return _restyled(student, stack, score_unet, *settings)
-    if train == "all":
-        roles = _copies(stack, score_unet, gradient_checkpointing)
+        roles = _restyled(
+            student, stack, score_unet, share_base, lora_rank, gradient_checkpointing, seed, motion_strength, place
+        )
+    elif train == "all":
+        roles = _copies(stack, score_unet, gradient_checkpointing, place)
     else:
-        roles = _adapted(train, stack, score_unet, share_base, lora_rank, gradient_checkpointing, seed)
-    if student is not None:
+        roles = _adapted(train, stack, score_unet, share_base, lora_rank, gradient_checkpointing, seed, place)
+    if student is not None and train != "style":
         _begin_as(student, roles, stack, train)
-    if half:
-        halve(roles.modules)
+    place(*roles.modules)
     return roles
 
 
@@ -179,10 +185,13 @@ def _adapted(
     lora_rank: int,
     gradient_checkpointing: bool,
     seed: int,
+    place: Place,
 ) -> Roles:
     """ "motion" and "motion+lora"."""
-    teacher = video_unet(stack.image_unet, stack.motion).requires_grad_(False).eval()
-    base = teacher if share_base else copy.deepcopy(teacher)
+    teacher = base = video_unet(stack.image_unet, stack.motion).requires_grad_(False).eval()
+    if not share_base:
+        place(teacher)
+        base = video_unet(stack.image_unet, stack.motion).requires_grad_(False)
     student = with_own_motion(base, stack.motion).eval()
     spatial = share_spatial_layers(student, stack.image_unet)
     video_adapters = Adapters()
@@ -194,7 +203,10 @@ def _adapted(
         real, score_adapters = spatial, video_adapters
     else:
         real, score_adapters = copy.deepcopy(score_unet), Adapters()
-    fake = real if share_base else copy.deepcopy(score_unet)
+    fake = real
+    if not share_base:
+        place(real)
+        fake = copy.deepcopy(score_unet)
     fake_weights = score_adapters.add(fake, "fake", lora_rank, seed)
 
     adapter = "student" if train == "motion+lora" else None
@@ -233,7 +245,7 @@ def _with_adapters(
         fake_weights=fake_weights,
         student_positions=_positions(student),
         student_config=unet_config(student),
-        modules=modules,
+        modules=[teacher, student, real, fake],
     )
 
 
@@ -246,35 +258,36 @@ def _restyled(
     gradient_checkpointing: bool,
     seed: int,
     motion_strength: float,
-    half: bool,
+    place: Place,
 ) -> Roles:
     """ "style": LoRA on a finished student's spatial layers; teacher and both scores stand on the style backbone.
 
     The guide is the student transplanted onto that backbone, its motion modules at `motion_strength`: there they move things better
     than the teacher's own, and a little too slowly. The LoRA begins as what it can hold of the transplant.
     """
-    # One network after another: together, in float32, they may be more than a computer holds.
-    finish = halve if half else lambda modules: None
     change, guide = StyleChange(stack.image_unet, style), student_unet(student, stack.image_unet)
     add_change(guide, change, 1.0)
     with torch.no_grad():
         for name, weight in guide.named_parameters():
             if "motion_modules" in name and ".proj_out." in name:
                 weight *= motion_strength
-    finish([guide])
+    place(guide)
     adapters, score_adapters, own = Adapters(), Adapters(), student_unet(student, stack.image_unet)
     student_weights = adapters.add(share_spatial_layers(own, stack.image_unet), "student", lora_rank, seed)
     begin_with(student_weights, change)
-    finish([own])
-    teacher = video_unet(style, stack.motion).eval()
-    real = share_spatial_layers(teacher, style) if share_base else copy.deepcopy(style)
-    fake = real if share_base else copy.deepcopy(style)
+    place(own)
+    teacher = video_unet(style, stack.motion).requires_grad_(False).eval()
+    real = fake = share_spatial_layers(teacher, style)
+    if not share_base:
+        place(teacher)
+        real = copy.deepcopy(style)
+        place(real)
+        fake = copy.deepcopy(style)
     fake_weights = score_adapters.add(fake, "fake", lora_rank, seed)
     roles = _with_adapters(
         (teacher, score_adapters), (own, adapters, "student"), (real, score_adapters), fake,
         student_weights, fake_weights, gradient_checkpointing,
     )  # fmt: skip
-    finish(roles.modules)
     return replace(roles, guide=video_predictor(guide), modules=[*roles.modules, guide])
 
 
@@ -300,10 +313,13 @@ def begin_with(lora: dict[str, nn.Parameter], change: Mapping[str, Tensor]) -> N
             down.flatten(1)[:rank] = right
 
 
-def _copies(stack: Stack, score_unet: UNet2DConditionModel, gradient_checkpointing: bool) -> Roles:
-    teacher = video_unet(stack.image_unet, stack.motion).requires_grad_(False).eval()
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    real, fake = copy.deepcopy(score_unet).requires_grad_(False), copy.deepcopy(score_unet).requires_grad_(True)
+def _copies(stack: Stack, score_unet: UNet2DConditionModel, gradient_checkpointing: bool, place: Place) -> Roles:
+    networks = []
+    for trained in (False, True):
+        for make in (lambda: video_unet(stack.image_unet, stack.motion), lambda: copy.deepcopy(score_unet)):
+            networks.append(make().requires_grad_(trained).eval())
+            place(networks[-1])
+    teacher, real, student, fake = networks
     if gradient_checkpointing:
         checkpoint_layers([teacher, student, real, fake], [])
     return Roles(

@@ -121,6 +121,16 @@ def test_frozen_weights_in_half_precision_are_what_autocast_makes_of_them(stack,
     assert all(p.dtype == torch.float32 for p in stack.image_unet.parameters())
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("train", "share_base"), MODES)
+def test_all_networks_go_to_the_device_and_the_stack_stays(stack, train, share_base, half):
+    there = torch.device("meta")  # every machine has this one beside its CPU
+    roles = build_roles(stack, train=train, share_base=share_base, lora_rank=2, half=half, device=there)
+    tensors = [t for module in roles.modules for t in (*module.parameters(), *module.buffers())]
+    assert len(tensors) > 100 and all(t.device == there for t in tensors)
+    assert all(p.device.type == "cpu" and p.dtype == torch.float32 for p in stack.image_unet.parameters())
+
+
 def test_the_stack_itself_stays_as_it_is(stack):
     before = {name: p.clone() for name, p in stack.image_unet.named_parameters()}
     roles = build_roles(stack, train="motion+lora", share_base=True, lora_rank=2, gradient_checkpointing=True)
