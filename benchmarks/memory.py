@@ -20,17 +20,17 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{data.frames} frames of {data.width}x{data.height}, model.train {config.model.train}")
     print(in_words(memory_plan(config)))
     parts = count_parts(*meta_roles(config), meta_inputs(config))
-    mean, counts = 0.0, phases(config)
+    counts, whole = phases(config), 0.0
     for phase, updates in counts.items():
         cost = update_cost(config, parts, phase)
         together = sum(cost.values())
-        mean += together * updates / counts.total()
+        whole += updates * together
         words = ["warm-up", "distribution matching"][phase.matching] + ("" if phase.critics else ", without critics")
         if phase.matching and config.adm.weight > 0 and not phase.adm:
             words += ", without ADM"
         print(f"\nOperations for a clip and update of the {words} ({updates} updates):")
         print("\n".join(f"{n / 1e12:8.1f} T  {name}" for name, n in (cost | {"together": together}).items()))
-    print(f"\n{mean / 1e12:8.1f} T  mean of the whole run")
+    print(f"\n{whole / counts.total() / 1e12:8.1f} T  mean of the whole run")
 
 
 if __name__ == "__main__":

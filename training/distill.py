@@ -136,14 +136,14 @@ def _trained(
 
         train(distillation, data, run, log, show, stop)
 
-    if not processes.main:
-        path = run.path / (STYLE if config.model.train == "style" else STUDENT)
-    elif config.model.train == "style":
-        path = export_style(config, run, stack, roles, score_unet, begun)
-        logger.info("The style is %s.", path)
-    else:
-        path = export(config, run, stack, roles, score_unet)
-        logger.info("The student is %s.", path)
+    styled = config.model.train == "style"
+    path = run.path / (STYLE if styled else STUDENT)
+    if processes.main:
+        if styled:
+            export_style(config, run, stack, roles, score_unet, begun)
+        else:
+            export(config, run, stack, roles, score_unet)
+        logger.info("The %s is %s.", path.stem, path)
     return path, stack, roles.teacher, gallery, begun
 
 

@@ -70,8 +70,7 @@ def phase_of(config: DistillConfig, step: int) -> Phase:
     """The phase of a run's update, counted from 0."""
     matching = step - config.warmup.updates
     critics_from = min(config.warmup.critics_from, config.warmup.updates)
-    adm = matching >= config.adm.start_update and config.adm.weight > 0
-    return Phase(matching >= 0, step >= critics_from, matching >= 0 and adm)
+    return Phase(matching >= 0, step >= critics_from, matching >= config.adm.start_update and config.adm.weight > 0)
 
 
 class Distillation:

@@ -7,7 +7,7 @@ frozen base. The numbers are the same; the memory is not.
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -32,7 +32,7 @@ from avdm2_nodes.diffusion.unets import (
 from training.randomness import keyed_generator
 
 Encoder = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
-Place = Callable[..., None]  # takes networks of which no more is changed
+Place = Callable[[nn.Module], nn.Module]  # takes a network to where it stays, and gives it back
 
 # Every spatial layer with a weight matrix but the first and last convolution, which the image and the video UNet hold apart.
 _LORA_TARGETS = (
@@ -143,12 +143,11 @@ def build_roles(
     if share_base and train == "all":
         raise ValueError("Expected adapters on a shared base, found train: all; train motion+lora or motion, or share no base.")
 
-    def place(*modules: nn.Module) -> None:
-        """To the device, of which network nothing that is frozen has to be float32 any more."""
+    def place(network: nn.Module) -> nn.Module:
+        """Of a network in its place no frozen weight is changed any more."""
         if half:
-            halve(modules)
-        for module in modules if device is not None else ():
-            module.to(device)
+            halve(network)
+        return network if device is None else network.to(device)
 
     if train == "style":
         roles = _restyled(
@@ -160,17 +159,18 @@ def build_roles(
         roles = _adapted(train, stack, score_unet, share_base, lora_rank, gradient_checkpointing, seed, place)
     if student is not None and train != "style":
         _begin_as(student, roles, stack, train)
-    place(*roles.modules)
+    for network in roles.modules:
+        place(network)
     return roles
 
 
 @torch.no_grad()
-def halve(modules: Iterable[nn.Module]) -> None:
+def halve(network: nn.Module) -> None:
     """Puts the frozen weights of products into bf16, in place: the numbers that autocast would make of them at each use.
 
     Normalisations keep theirs, for autocast leaves those in float32; so do layers of which anything is trained.
     """
-    for layer in {id(layer): layer for module in modules for layer in module.modules()}.values():
+    for layer in network.modules():
         own = list(layer.parameters(recurse=False))
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and not any(weight.requires_grad for weight in own):
             for weight in own:
@@ -190,8 +190,7 @@ def _adapted(
     """ "motion" and "motion+lora"."""
     teacher = base = video_unet(stack.image_unet, stack.motion).requires_grad_(False).eval()
     if not share_base:
-        place(teacher)
-        base = video_unet(stack.image_unet, stack.motion).requires_grad_(False)
+        teacher, base = place(teacher), video_unet(stack.image_unet, stack.motion).requires_grad_(False)
     student = with_own_motion(base, stack.motion).eval()
     spatial = share_spatial_layers(student, stack.image_unet)
     video_adapters = Adapters()
@@ -199,14 +198,12 @@ def _adapted(
     if train == "motion+lora":
         student_weights |= video_adapters.add(spatial, "student", lora_rank, seed)
 
-    if share_base and score_unet is stack.image_unet:
-        real, score_adapters = spatial, video_adapters
+    on_the_base = share_base and score_unet is stack.image_unet
+    score_adapters = video_adapters if on_the_base else Adapters()
+    if share_base:
+        real = fake = spatial if on_the_base else copy.deepcopy(score_unet)
     else:
-        real, score_adapters = copy.deepcopy(score_unet), Adapters()
-    fake = real
-    if not share_base:
-        place(real)
-        fake = copy.deepcopy(score_unet)
+        real, fake = place(copy.deepcopy(score_unet)), copy.deepcopy(score_unet)
     fake_weights = score_adapters.add(fake, "fake", lora_rank, seed)
 
     adapter = "student" if train == "motion+lora" else None
@@ -245,7 +242,7 @@ def _with_adapters(
         fake_weights=fake_weights,
         student_positions=_positions(student),
         student_config=unet_config(student),
-        modules=[teacher, student, real, fake],
+        modules=modules,
     )
 
 
@@ -277,12 +274,10 @@ def _restyled(
     begin_with(student_weights, change)
     place(own)
     teacher = video_unet(style, stack.motion).requires_grad_(False).eval()
-    real = fake = share_spatial_layers(teacher, style)
-    if not share_base:
-        place(teacher)
-        real = copy.deepcopy(style)
-        place(real)
-        fake = copy.deepcopy(style)
+    if share_base:
+        real = fake = share_spatial_layers(teacher, style)
+    else:
+        teacher, real, fake = place(teacher), place(copy.deepcopy(style)), copy.deepcopy(style)
     fake_weights = score_adapters.add(fake, "fake", lora_rank, seed)
     roles = _with_adapters(
         (teacher, score_adapters), (own, adapters, "student"), (real, score_adapters), fake,
@@ -314,12 +309,9 @@ def begin_with(lora: dict[str, nn.Parameter], change: Mapping[str, Tensor]) -> N
 
 
 def _copies(stack: Stack, score_unet: UNet2DConditionModel, gradient_checkpointing: bool, place: Place) -> Roles:
-    networks = []
-    for trained in (False, True):
-        for make in (lambda: video_unet(stack.image_unet, stack.motion), lambda: copy.deepcopy(score_unet)):
-            networks.append(make().requires_grad_(trained).eval())
-            place(networks[-1])
-    teacher, real, student, fake = networks
+    teacher = place(video_unet(stack.image_unet, stack.motion).requires_grad_(False).eval())
+    student = place(video_unet(stack.image_unet, stack.motion).requires_grad_(True).eval())
+    real, fake = (place(copy.deepcopy(score_unet).requires_grad_(trained)) for trained in (False, True))
     if gradient_checkpointing:
         checkpoint_layers([teacher, student, real, fake], [])
     return Roles(
