@@ -1,15 +1,12 @@
 """Operations counted on the meta device, which has shapes and no numbers: two for each multiplication with its addition."""
 
-from collections.abc import Callable
-
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNetMotionModel
-from torch.utils.flop_counter import FlopCounterMode
 
 from avdm2_nodes.diffusion.unets import guided, video_predictor, without_waste
+from training.cost import SD15, TOKENS, V3, operations
 
-# SD1.5 with AnimateDiff's motion modules of v3.
-SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768, "use_motion_mid_block": False, "motion_max_seq_length": 32}
+SD15_UNET = SD15 | V3  # of diffusers' UNetMotionModel
 SD15_VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -17,14 +14,7 @@ SD15_VAE = {
     "layers_per_block": 2,
     "scaling_factor": 0.18215,
 }
-TOKENS, STUDENT_STEPS, TEACHER_STEPS = 77, 4, 25
-
-
-def operations(function: Callable[[], object]) -> int:
-    """Operations of matrix products, convolutions and attention in what `function` runs."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
+STUDENT_STEPS, TEACHER_STEPS = 4, 25
 
 
 @torch.no_grad()
@@ -45,8 +35,8 @@ def unet_operations(config: dict, clip: tuple[int, ...], tokens: int = TOKENS, c
 def image_unet_operations(frames: int, height: int, width: int, tokens: int = TOKENS) -> int:
     """Of SD1.5's image UNet, for `frames` images of height x width pixels."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval()
-        x_t, text = torch.empty(frames, 4, height // 8, width // 8), torch.empty(frames, tokens, 768)
+        unet = UNet2DConditionModel(**SD15).eval()
+        x_t, text = torch.empty(frames, 4, height // 8, width // 8), torch.empty(frames, tokens, SD15["cross_attention_dim"])
         return operations(lambda: unet(x_t, torch.empty(frames), text))
 
 

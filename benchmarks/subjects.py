@@ -24,7 +24,8 @@ from avdm2_nodes.diffusion.stack import Stack, decode_clips, load_stack
 from avdm2_nodes.diffusion.student_file import read_student, student_unet
 from avdm2_nodes.diffusion.unets import video_predictor, without_waste
 from benchmarks import nodes
-from benchmarks.cost import SD15_UNET, SD15_VAE, STUDENT_STEPS, TEACHER_STEPS, TOKENS
+from benchmarks.cost import SD15_UNET, SD15_VAE, STUDENT_STEPS, TEACHER_STEPS
+from training.cost import TOKENS
 from training.sample import student_sampler, teacher_sampler
 
 GUIDANCE = 3.0

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.cost import TOKENS
+from training.cost import TOKENS, operations
 
 MODES = {
     "all weights": ["--model.train", "all"],
@@ -47,7 +47,6 @@ def measure(teacher: Path | None, options: list[str], threads: int, repetitions:
 
 def _measure(teacher: Path | None, options: list[str], threads: int, repetitions: int) -> dict:
     from avdm2_nodes.diffusion.stack import load_stack
-    from benchmarks.cost import operations
     from benchmarks.subjects import random_stack
     from training.config import load_config
     from training.distill import new_heads, new_roles
