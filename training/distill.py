@@ -12,7 +12,6 @@ if __name__ == "__main__":
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
 import contextlib
-import copy
 import logging
 from datetime import UTC, datetime
 
@@ -300,20 +299,19 @@ def write_run_report(
     folder, steps, guidance = file.parent, config.evaluation.teacher_steps, config.evaluation.teacher_guidance
     few, styled = len(config.student.steps), config.model.train == "style"
     student = student_unet(begun if styled else read_student(file), stack.image_unet).to(gallery.device)
-    before = []
-    if styled:
-        unstyled = copy.deepcopy(student)
-        before = [student_method(f"student {steps_in_words(few)}, unstyled", video_predictor(unstyled), config.student.steps)]
-        add_change(student, {k: v.to(gallery.device) for k, v in lora_change(read_style(file)).items()}, 1.0)
+    predict, sampled = video_predictor(student), {}
+    if styled:  # sampled before the style is added in place: at full size a second UNet for it would be 5 GB
+        unstyled = student_method(f"student {steps_in_words(few)}, unstyled", predict, config.student.steps)
+        sampled[unstyled] = gallery.sample(unstyled)
+        add_change(student, lora_change(read_style(file)), 1.0)
     methods = [
-        *before,
         teacher_method(f"teacher {steps_in_words(steps)}", teacher, stack, steps, guidance),
         teacher_method(f"teacher {steps_in_words(few)}, no guidance", teacher, stack, few, 1.0),
         student_method(f"teacher {steps_in_words(few)}, as a student", teacher, config.student.steps),
         *([teacher_method(f"teacher {steps_in_words(few // 2)}", teacher, stack, few // 2, guidance)] if few > 1 else []),
-        student_method(f"student {steps_in_words(few)}", video_predictor(student), config.student.steps),
+        student_method(f"student {steps_in_words(few)}", predict, config.student.steps),
     ]
-    sampled = {method: gallery.sample(method) for method in methods}
+    sampled |= {method: gallery.sample(method) for method in methods}
     shown = {method.name: list(clips[:SHOWN]) for method, (clips, _) in sampled.items()}
     contact_sheet(shown, gallery.prompts[:SHOWN], folder / "clips.png")
     animated(shown, folder / "clips.webp", captions=gallery.prompts[:SHOWN])

@@ -17,6 +17,7 @@ from training.config import ConfigError, load_config, to_yaml
 from training.cost import Inputs, meta_inputs, meta_roles
 from training.data import DataError
 from training.discriminator import DiscriminatorHeads
+from training.evaluation.rows import student_method
 from training.memory_plan import plan_of
 from training.parent import StoppedError
 from training.roles import begin_with, build_roles
@@ -93,6 +94,25 @@ def finished(settings, student, work):
 
 
 # ---- what a run leaves ----
+
+
+def test_its_pictures_show_the_student_without_and_with_the_style(
+    finished, settings, student, stack, stack_folder, work, monkeypatch
+):
+    config, device = load_config(["--config", str(settings())]), torch.device("cpu")
+    gallery, shown = distill.new_gallery(config, stack, ["a large red circle"], device), {}
+    monkeypatch.setattr(distill, "contact_sheet", lambda rows, *_: shown.update(rows))
+    distill.write_run_report(
+        config, work / "finished" / "style.safetensors", stack, video_predictor(stack.teacher), gallery, student
+    )
+    first, *others, last = shown
+    assert (first, len(others), last) == ("student 2 steps, unstyled", 4, "student 2 steps")
+    plain, styled = (student_unet(student, stack.image_unet) for _ in range(2))
+    add_change(styled, lora_change(finished), 1.0)
+    for name, unet in ((first, plain), (last, styled)):
+        clips, _ = gallery.sample(student_method("by hand", video_predictor(unet), [999, 499]))
+        np.testing.assert_array_equal(shown[name], list(clips))
+    assert not np.array_equal(shown[first], shown[last])
 
 
 def test_the_style_is_a_change_of_that_student_and_none_at_strength_0(finished, student, stack, stack_folder):
