@@ -17,12 +17,12 @@ from avdm2_nodes.diffusion.student_file import weights_hash
 from avdm2_nodes.diffusion.style import add_change
 from avdm2_nodes.diffusion.style_file import lora_products
 from avdm2_nodes.diffusion.unets import Predictor, image_predictor
+from training.adapters import Adapters
 from training.checkpoint import write_atomically
 from training.config import DistillConfig
 from training.data import DataError, caption_beside, cover, read_table
 from training.parent import Stop, never
 from training.precision import autocast, lent
-from training.roles import Adapters
 from training.run_folder import RunFolderError
 from training.stage import adamw, run_stage
 

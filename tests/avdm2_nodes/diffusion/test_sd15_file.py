@@ -31,7 +31,7 @@ from avdm2_nodes.diffusion.sd15_file import (
 from avdm2_nodes.diffusion.student_file import weights_hash
 from avdm2_nodes.diffusion.unets import video_unet
 from tests.avdm2_nodes.diffusion.original_layouts import SD15, TINY, original_checkpoint, original_unet, values
-from training.roles import Adapters
+from training.adapters import Adapters
 
 torch.set_num_threads(1)
 
