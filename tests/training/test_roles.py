@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -236,6 +238,19 @@ def test_the_gradient_through_the_encoder_is_that_of_finite_differences(stack, m
     with torch.no_grad():
         rise = run.adm(made, x + 0.1 * direction) - run.adm(made, x - 0.1 * direction)
     assert (rise / 0.2).item() == pytest.approx(gradient.norm().item(), rel=0.05)
+
+
+def test_adapters_are_drawn_from_the_seed(stack):
+    def lora(seed):
+        roles = build_roles(stack, train="motion+lora", lora_rank=2, seed=seed)
+        return {n: p for weights in (roles.student_weights, roles.fake_weights) for n, p in weights.items() if "lora_A" in n}
+
+    torch.manual_seed(1)
+    first = copy.deepcopy(lora(0))
+    torch.manual_seed(2)
+    again, other = lora(0), lora(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_a_shared_base_with_all_weights_trained_is_refused(stack):

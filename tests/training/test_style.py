@@ -96,9 +96,7 @@ def finished(settings, student, work):
 # ---- what a run leaves ----
 
 
-def test_its_pictures_show_the_student_without_and_with_the_style(
-    finished, settings, student, stack, stack_folder, work, monkeypatch
-):
+def test_its_pictures_show_the_student_without_and_with_the_style(finished, settings, student, stack, work, monkeypatch):
     config, device = load_config(["--config", str(settings())]), torch.device("cpu")
     gallery, shown = distill.new_gallery(config, stack, ["a large red circle"], device), {}
     monkeypatch.setattr(distill, "contact_sheet", lambda rows, *_: shown.update(rows))
