@@ -157,9 +157,6 @@ class StyleConfig(Section):
     images: ProjectPath | None = Field(
         None, description="folder of images that show the style, in place of model.score_unet: an image model learns it first"
     )
-    motion: float = Field(
-        1.1, ge=0, description="strength of the motion modules in the transplanted student that guides the warm-up"
-    )
     strength: float = Field(
         1.0,
         gt=0,

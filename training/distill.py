@@ -201,7 +201,6 @@ def new_roles(
         gradient_checkpointing=config.model.gradient_checkpointing,
         seed=config.run.seed,
         student=begun,
-        motion_strength=config.style.motion,
         half=half,
         device=device,
     )

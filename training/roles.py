@@ -57,7 +57,6 @@ def build_roles(
     gradient_checkpointing: bool = False,
     seed: int = 0,
     student: Student | None = None,
-    motion_strength: float = 1.0,
     half: bool = False,
     device: torch.device | None = None,
 ) -> Roles:
@@ -89,9 +88,7 @@ def build_roles(
         return network if device is None else network.to(device)
 
     if train == "style":
-        roles = _restyled(
-            student, stack, score_unet, share_base, lora_rank, gradient_checkpointing, seed, motion_strength, place
-        )
+        roles = _restyled(student, stack, score_unet, share_base, lora_rank, gradient_checkpointing, seed, place)
     elif train == "all":
         roles = _copies(stack, score_unet, gradient_checkpointing, place)
     else:
@@ -193,20 +190,15 @@ def _restyled(
     lora_rank: int,
     gradient_checkpointing: bool,
     seed: int,
-    motion_strength: float,
     place: Place,
 ) -> Roles:
     """ "style": LoRA on a finished student's spatial layers; teacher and both scores stand on the style backbone.
 
-    The guide is the student transplanted onto that backbone, its motion modules at `motion_strength`: there they move things better
-    than the teacher's own, and a little too slowly. The LoRA begins as what it can hold of the transplant.
+    The guide is the student transplanted onto that backbone: its motion modules move things better there than the teacher's own. The
+    LoRA begins as what it can hold of the transplant.
     """
     change, guide = StyleChange(stack.image_unet, style), student_unet(student, stack.image_unet)
     add_change(guide, change, 1.0)
-    with torch.no_grad():
-        for name, weight in guide.named_parameters():
-            if "motion_modules" in name and ".proj_out." in name:
-                weight *= motion_strength
     place(guide)
     adapters, score_adapters, own = Adapters(), Adapters(), student_unet(student, stack.image_unet)
     student_weights = adapters.add(share_spatial_layers(own, stack.image_unet), "student", lora_rank, seed)
