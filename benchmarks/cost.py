@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNetMotionModel
 
 from avdm2_nodes.diffusion.unets import guided, video_predictor, without_waste
-from training.cost import SD15, TOKENS, V3, operations
+from training.cost.operations import SD15, TOKENS, V3, operations
 
 SD15_UNET = SD15 | V3  # of diffusers' UNetMotionModel
 SD15_VAE = {

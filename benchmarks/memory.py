@@ -9,9 +9,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
 
-from training.config import ConfigError, load_config
-from training.cost import count_parts, meta_inputs, meta_roles, phases, update_cost
-from training.memory_plan import in_words, memory_plan
+from training.cost.memory_plan import in_words, memory_plan
+from training.cost.operations import count_parts, meta_inputs, meta_roles, phases, update_cost
+from training.run.config import ConfigError, load_config
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch import Tensor
 
 from avdm2_nodes.diffusion.schedules import trailing_timesteps
-from avdm2_nodes.diffusion.student_file import Student, StudentInfo, unet_config
+from avdm2_nodes.files.student import Student, StudentInfo, unet_config
 
 
 def why_not() -> str | None:

@@ -27,12 +27,12 @@ from benchmarks import nodes, training_modes
 from benchmarks.cost import decoder_operations, sd15_table, unet_operations
 from benchmarks.report import MISSING, write_report
 from benchmarks.subjects import Subject, evaluations, miniature, sd15
-from training import console
-from training.config import ROOT, load_config
-from training.memory_plan import memory_plan
-from training.precision import pick_device, uses_bf16
+from training.cost.memory_plan import memory_plan
+from training.run import console
+from training.run.config import ROOT, load_config
+from training.run.precision import pick_device, uses_bf16
+from training.run.timing import interleaved, matmul_ceiling
 from training.sample import between
-from training.timing import interleaved, matmul_ceiling
 
 logger = logging.getLogger("benchmarks")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.cost import TOKENS, operations
+from training.cost.operations import TOKENS, operations
 
 MODES = {
     "all weights": ["--model.train", "all"],
@@ -46,13 +46,13 @@ def measure(teacher: Path | None, options: list[str], threads: int, repetitions:
 
 
 def _measure(teacher: Path | None, options: list[str], threads: int, repetitions: int) -> dict:
-    from avdm2_nodes.diffusion.stack import load_stack
+    from avdm2_nodes.files.stack import load_stack
     from benchmarks.subjects import random_stack
-    from training.config import load_config
     from training.distill import new_heads, new_roles
-    from training.loop import Distillation
-    from training.precision import pick_device, uses_bf16
-    from training.timing import interleaved, peak_bytes, resident_bytes
+    from training.method.loop import Distillation
+    from training.run.config import load_config
+    from training.run.precision import pick_device, uses_bf16
+    from training.run.timing import interleaved, peak_bytes, resident_bytes
 
     torch.set_num_threads(threads)
     device = pick_device()

@@ -7,14 +7,14 @@ import yaml
 from diffusers import AutoencoderTiny, MotionAdapter, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from avdm2_nodes.diffusion.stack import load_stack
-from training.config import from_yaml
-from training.discriminator import DiscriminatorHeads
+from avdm2_nodes.files.stack import load_stack
 from training.distill import new_roles
 from training.evaluation.feature_net import FeatureConfig, VideoFeatures, save_features
-from training.loop import Distillation
-from training.miniature import world
+from training.method.discriminator import DiscriminatorHeads
+from training.method.loop import Distillation
 from training.miniature.models import write_tokenizer
+from training.run.config import from_yaml
+from training.world import scenes
 
 torch.set_num_threads(1)
 
@@ -47,7 +47,7 @@ def stack_folder(tmp_path_factory) -> Path:
     """A tiny untrained stack in the diffusers layout, with a feature net; read only."""
     folder = tmp_path_factory.mktemp("stack") / "tiny"
     torch.manual_seed(0)
-    tokenizer = write_tokenizer(folder / "tokenizer", [content.caption for content in world.all_contents()])
+    tokenizer = write_tokenizer(folder / "tokenizer", [content.caption for content in scenes.all_contents()])
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,

@@ -8,8 +8,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from training import console
 from training.miniature.build import main
+from training.run import console
 
 if __name__ == "__main__":
     console.set_up()

@@ -19,8 +19,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.tensorboard import SummaryWriter
 
-from avdm2_nodes.diffusion.stack import Stack, StackError, load_image_unet, load_stack
-from avdm2_nodes.diffusion.student_file import (
+from avdm2_nodes.diffusion.style import StyleError, add_change
+from avdm2_nodes.diffusion.unets import Predictor, video_predictor
+from avdm2_nodes.files.stack import Stack, StackError, load_image_unet, load_stack
+from avdm2_nodes.files.student import (
     Student,
     StudentFileError,
     StudentInfo,
@@ -29,8 +31,7 @@ from avdm2_nodes.diffusion.student_file import (
     weights_hash,
     write_student,
 )
-from avdm2_nodes.diffusion.style import StyleError, add_change
-from avdm2_nodes.diffusion.style_file import (
+from avdm2_nodes.files.style import (
     StyleFileError,
     StyleInfo,
     lora_change,
@@ -38,28 +39,27 @@ from avdm2_nodes.diffusion.style_file import (
     student_hash,
     write_style,
 )
-from avdm2_nodes.diffusion.unets import Predictor, video_predictor
-from training import console
-from training.checkpoint import CheckpointError
-from training.config import ConfigError, DistillConfig, load_config, to_yaml
-from training.data import DataError, needs_clips, write_clips
-from training.discriminator import DiscriminatorHeads
+from training.data.clips import DataError, needs_clips, write_clips
+from training.data.latents import Encoder, LatentClips, open_clips
+from training.data.teacher_clips import clips_for_prompts
+from training.data.video import VideoError
 from training.evaluation.feature_net import VideoFeatures, content_hash, load_features
 from training.evaluation.pictures import animated, contact_sheet
 from training.evaluation.report import write_report
 from training.evaluation.rows import Bench, Gallery, steps_in_words, student_method, teacher_method
-from training.image_style import learn_style
-from training.latents import Encoder, LatentClips, open_clips
-from training.learner import DivergedError, OptimiserError
-from training.loop import Distillation, train
-from training.miniature import world
-from training.parent import Stop, StoppedError, never, watch
-from training.precision import DeviceError, autocast, uses_bf16
-from training.processes import LostProcessError, Processes, require_equal_parts
-from training.roles import Roles, build_roles
-from training.run_folder import RunFolder, RunFolderError
-from training.teacher_clips import clips_for_prompts
-from training.video import VideoError
+from training.method.discriminator import DiscriminatorHeads
+from training.method.image_style import learn_style
+from training.method.learner import DivergedError, OptimiserError
+from training.method.loop import Distillation, train
+from training.method.roles import Roles, build_roles
+from training.run import console
+from training.run.checkpoint import CheckpointError
+from training.run.config import ConfigError, DistillConfig, load_config, to_yaml
+from training.run.folder import RunFolder, RunFolderError
+from training.run.parent import Stop, StoppedError, never, watch
+from training.run.precision import DeviceError, autocast, uses_bf16
+from training.run.processes import LostProcessError, Processes, require_equal_parts
+from training.world import scenes
 
 logger = logging.getLogger("distill")
 
@@ -178,9 +178,9 @@ def render_clips(config: DistillConfig) -> None:
     """Renders clips of the miniature world into the data folder, as video files like anybody's."""
     from tqdm import tqdm
 
-    clips = world.render_split(config.data.render, style="plain", held_out=False, seed=config.run.seed)
+    clips = scenes.render_split(config.data.render, style="plain", held_out=False, seed=config.run.seed)
     frames = ((clip.frames, clip.content.caption) for clip in clips)
-    write_clips(config.data.folder, tqdm(frames, "rendering clips", config.data.render), world.FPS)
+    write_clips(config.data.folder, tqdm(frames, "rendering clips", config.data.render), scenes.FPS)
 
 
 def new_roles(

@@ -27,16 +27,13 @@ from datetime import UTC, datetime
 import numpy as np
 import torch
 
-from avdm2_nodes.diffusion.peers import is_peer, load_peer
-from avdm2_nodes.diffusion.recognise import FileFormatError
 from avdm2_nodes.diffusion.schedules import trailing_timesteps
-from avdm2_nodes.diffusion.stack import Stack, load_stack
-from avdm2_nodes.diffusion.student_file import Student, StudentInfo, read_student, student_timesteps, student_unet, weights_hash
 from avdm2_nodes.diffusion.unets import video_predictor
-from training import console
-from training.checkpoint import Checkpoints, write_atomically
-from training.config import ROOT, DistillConfig, load_config, to_yaml
-from training.data import ClipFolder
+from avdm2_nodes.files.peers import is_peer, load_peer
+from avdm2_nodes.files.recognise import FileFormatError
+from avdm2_nodes.files.stack import Stack, load_stack
+from avdm2_nodes.files.student import Student, StudentInfo, read_student, student_timesteps, student_unet, weights_hash
+from training.data.clips import ClipFolder
 from training.distill import EXPECTED_ERRORS, distil, feature_net
 from training.evaluation.backbones import BackboneError, add_arguments, load_networks
 from training.evaluation.feature_net import content_hash
@@ -44,8 +41,11 @@ from training.evaluation.measure import BETTER, PUBLIC_BETTER, Figure
 from training.evaluation.pictures import animated, contact_sheet, plot_table
 from training.evaluation.report import markdown_table, write_report
 from training.evaluation.rows import Bench, Method, VideoBench, kept, steps_in_words, student_method, teacher_method
-from training.precision import pick_device
-from training.run_folder import RunFolder
+from training.run import console
+from training.run.checkpoint import Checkpoints, write_atomically
+from training.run.config import ROOT, DistillConfig, load_config, to_yaml
+from training.run.folder import RunFolder
+from training.run.precision import pick_device
 from training.sample import between, scale
 
 logger = logging.getLogger("evaluate")

@@ -18,14 +18,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is 
 
 import argparse
 
-from training import console
-from training.data import ClipFolder, DataError
+from training.data.clips import ClipFolder, DataError
+from training.data.video import VideoError
 from training.evaluation.backbones import BackboneError, add_arguments, features_of, load_networks
 from training.evaluation.measure import Figure
 from training.evaluation.report import write_report
-from training.precision import pick_device
+from training.run import console
+from training.run.precision import pick_device
 from training.sample import between
-from training.video import VideoError
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -30,22 +30,22 @@ from torch import Tensor
 from avdm2_nodes.diffusion.guidance import PULL_GUIDANCE, PULL_TIMESTEP, pull_evaluations, pull_generators, pulled
 from avdm2_nodes.diffusion.samplers import sample_student, sample_teacher
 from avdm2_nodes.diffusion.schedules import IMAGE
-from avdm2_nodes.diffusion.stack import Stack, load_image_unet, load_stack
-from avdm2_nodes.diffusion.student_file import Student, StudentInfo, read_student, student_unet, weights_hash
 from avdm2_nodes.diffusion.style import StyleError, add_change, style_change
-from avdm2_nodes.diffusion.style_file import StyleFileError, lora_change, read_style, require_student
 from avdm2_nodes.diffusion.unets import Predictor, image_predictor, video_predictor, video_unet
-from training import console
-from training.config import ROOT
+from avdm2_nodes.files.stack import Stack, load_image_unet, load_stack
+from avdm2_nodes.files.student import Student, StudentInfo, read_student, student_unet, weights_hash
+from avdm2_nodes.files.style import StyleFileError, lora_change, read_style, require_student
 from training.distill import EXPECTED_ERRORS, feature_net
 from training.evaluate import Table, insert
 from training.evaluation.feature_net import content_hash
 from training.evaluation.pictures import contact_sheet
 from training.evaluation.report import markdown_table, write_report
 from training.evaluation.rows import Bench, Method, student_method, teacher_method
-from training.miniature import world
-from training.precision import pick_device
+from training.run import console
+from training.run.config import ROOT
+from training.run.precision import pick_device
 from training.sample import between, scale
+from training.world import scenes
 
 logger = logging.getLogger("evaluate_styles")
 
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     style_help = "the image model whose style is wanted (default: the teacher's styles/neon)"
     parser.add_argument("--style", type=Path, metavar="PATH", help=style_help)
     look_help = "what the oracle should read in its pictures (default: neon)"
-    parser.add_argument("--look", choices=world.STYLES, default="neon", help=look_help)
+    parser.add_argument("--look", choices=scenes.STYLES, default="neon", help=look_help)
     file_help = (
         "style file that was fine-tuned (default: STYLE.safetensors beside the style; without one its rows are left out)"
     )

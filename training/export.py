@@ -8,12 +8,12 @@ if __name__ == "__main__":
 
 import argparse
 
-from avdm2_nodes.diffusion.interchange import export_animatediff, export_diffusers
-from avdm2_nodes.diffusion.recognise import FileFormatError
-from avdm2_nodes.diffusion.stack import StackError, load_stack
-from avdm2_nodes.diffusion.student_file import StudentFileError, read_student
-from training import console
-from training.config import ROOT
+from avdm2_nodes.files.interchange import export_animatediff, export_diffusers
+from avdm2_nodes.files.recognise import FileFormatError
+from avdm2_nodes.files.stack import StackError, load_stack
+from avdm2_nodes.files.student import StudentFileError, read_student
+from training.run import console
+from training.run.config import ROOT
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

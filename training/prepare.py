@@ -30,20 +30,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from avdm2_nodes.diffusion.stack import Stack, load_stack
-from avdm2_nodes.diffusion.student_file import weights_hash
 from avdm2_nodes.diffusion.unets import video_predictor
-from training import console
-from training.cache import LatentClip, Maker, Unusable, is_cache, space_of, write_cache
-from training.config import DistillConfig, load_config
-from training.data import ClipFolder, DataError, Entry, needs_clips
+from avdm2_nodes.files.stack import Stack, load_stack
+from avdm2_nodes.files.student import weights_hash
+from training.data.cache import LatentClip, Maker, Unusable, is_cache, space_of, write_cache
+from training.data.clips import ClipFolder, DataError, Entry, needs_clips
+from training.data.latents import Encoder
+from training.data.teacher_clips import read_prompts, sampled_clips
+from training.data.video import VideoError
 from training.distill import EXPECTED_ERRORS, render_clips
-from training.latents import Encoder
-from training.precision import pick_device, uses_bf16
-from training.run_folder import RunFolder
+from training.run import console
+from training.run.config import DistillConfig, load_config
+from training.run.folder import RunFolder
+from training.run.precision import pick_device, uses_bf16
 from training.sample import between
-from training.teacher_clips import read_prompts, sampled_clips
-from training.video import VideoError
 
 logger = logging.getLogger("prepare")
 

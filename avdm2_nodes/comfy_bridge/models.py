@@ -14,13 +14,13 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from ..diffusion import student_file
-from ..diffusion.peers import is_peer, load_peer, lora_beside
-from ..diffusion.recognise import require
-from ..diffusion.stack import load_image_unet, load_motion, load_stack
 from ..diffusion.unets import Predictor, image_predictor, video_predictor, video_unet
 from ..diffusion.windows import ANIMATEDIFF_FRAMES, windowed
-from . import files, memory, native
+from ..files import student as student_file
+from ..files.peers import is_peer, load_peer, lora_beside
+from ..files.recognise import require
+from ..files.stack import load_image_unet, load_motion, load_stack
+from . import folders, memory, native
 from .progress import interruptible
 from .text import StackCLIP
 
@@ -89,7 +89,7 @@ def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None
 
     One of the errors of the rooms below where something is missing or does not fit.
     """
-    folder = files.stack_folders().get(checkpoint)
+    folder = folders.stack_folders().get(checkpoint)
     motion_path = motion_choice(motion, folder)
     adapter = load_motion(motion_path)  # before the checkpoint: the smaller file fails faster
     if folder:
@@ -98,7 +98,7 @@ def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None
         latent_format, frames = native.stack_latent_format(stack), stack.frames
         image_unet = partial(load_image_unet, folder)
     else:
-        path = files.model_file(files.CHECKPOINTS, checkpoint)
+        path = folders.model_file(folders.CHECKPOINTS, checkpoint)
         _, clip, vae = load_checkpoint(path, model=False)
         latent_format, frames = comfy.latent_formats.SD15(), ANIMATEDIFF_FRAMES
         image_unet = partial(checkpoint_unet, path)
@@ -140,10 +140,10 @@ def checkpoint_unet(path: Path) -> UNet2DConditionModel:
 
 def motion_choice(name: str, folder: Path | None) -> Path:
     """Where the motion modules lie that a person picked, or those in the stack's own folder."""
-    if name != files.OWN_MOTION:
-        return files.model_file(files.MOTION, name)
+    if name != folders.OWN_MOTION:
+        return folders.model_file(folders.MOTION, name)
     if folder is None:
-        raise files.ModelFileError(
+        raise folders.ModelFileError(
             "Expected a motion module for this checkpoint, found none chosen; choose one from models/animatediff_models."
         )
     return folder / "motion_adapter"
@@ -154,9 +154,9 @@ def load_student(name: str, teacher: Teacher) -> Student:
 
     One whose motion modules lie elsewhere than its teacher's gets a network of its own. StudentFileError as `require_base`.
     """
-    path = files.student_file(name)
+    path = folders.student_file(name)
     if is_peer(path):
-        read = load_peer(path, teacher.architecture, files.lora_file(lora_beside(path)))
+        read = load_peer(path, teacher.architecture, folders.lora_file(lora_beside(path)))
     else:
         read = student_file.read_student(path)
     student_file.require_base(read, teacher.architecture, teacher.base_hash)

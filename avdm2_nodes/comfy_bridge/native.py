@@ -9,7 +9,7 @@ import comfy.utils
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 
-from ..diffusion.stack import Stack
+from ..files.stack import Stack
 
 
 class NativeModelError(ValueError):

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ..diffusion import student_file
-from ..diffusion.interchange import export_animatediff
 from ..diffusion.style import add_change
-from . import files
+from ..files import student as student_file
+from ..files.interchange import export_animatediff
+from . import folders
 from .models import Student
 
 
@@ -15,7 +15,7 @@ def save_student(student: Student, name: str) -> Path:
 
     StudentFileError for a name that leaves it or exists, and for a style that no file can hold.
     """
-    path = student_file.student_path(files.saving_folder(files.STUDENTS), name)
+    path = student_file.student_path(folders.saving_folder(folders.STUDENTS), name)
     if path.exists():
         raise student_file.StudentFileError(f"Expected a new name, found {path.name} there already; choose another name.")
     whole = as_one_file(student)
@@ -32,7 +32,7 @@ def export_student(student: Student, name: str) -> list[Path]:
             f"Expected a student without styles for AnimateDiff files, found one with {_names(student.changes)} in its weights, "
             "which these formats have no place for; save it as a student file."
         )
-    return export_animatediff(student.file, files.saving_folder(files.MOTION), name, files.saving_folder(files.LORAS))
+    return export_animatediff(student.file, folders.saving_folder(folders.MOTION), name, folders.saving_folder(folders.LORAS))
 
 
 def as_one_file(student: Student) -> student_file.Student:

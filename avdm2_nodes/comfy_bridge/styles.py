@@ -8,11 +8,11 @@ from pathlib import Path
 from comfy.model_patcher import ModelPatcher
 from diffusers import UNet2DConditionModel
 
-from ..diffusion.stack import load_image_unet
-from ..diffusion.student_file import StyleUse, weights_hash
 from ..diffusion.style import require_same_family, style_change
-from ..diffusion.style_file import lora_change, read_style, require_student
-from . import files, memory, native
+from ..files.stack import load_image_unet
+from ..files.student import StyleUse, weights_hash
+from ..files.style import lora_change, read_style, require_student
+from . import folders, memory, native
 from .models import Change, Guide, Student, Teacher, checkpoint_unet, weight_patches
 from .text import text_of
 
@@ -33,7 +33,7 @@ def with_style(
     A style file is put into its weights; an image model, by name or as a MODEL, guides its sampling or is transplanted. Errors of the
     rooms below, sentences all.
     """
-    if model is None and (path := files.style_files().get(style)):
+    if model is None and (path := folders.style_files().get(style)):
         return with_style_file(student, path, strength)
     name, load = ("the MODEL", partial(native.image_unet_of, model)) if model is not None else (style, _loader(style))
     unet = load()
@@ -69,8 +69,10 @@ def _changed(student: Student, change: Change, patches: dict) -> Student:
 
 def _loader(style: str) -> Callable[[], UNet2DConditionModel]:
     """Loads the image model that a person picked by name."""
-    folder = files.style_folders().get(style)
-    return partial(load_image_unet, folder) if folder else partial(checkpoint_unet, files.model_file(files.CHECKPOINTS, style))
+    folder = folders.style_folders().get(style)
+    return (
+        partial(load_image_unet, folder) if folder else partial(checkpoint_unet, folders.model_file(folders.CHECKPOINTS, style))
+    )
 
 
 def _image_patcher(unet: UNet2DConditionModel, teacher: Teacher) -> ModelPatcher:

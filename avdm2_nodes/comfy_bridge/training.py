@@ -16,8 +16,8 @@ import comfy.utils
 import yaml
 from PIL import Image
 
-from ..diffusion.student_file import student_path
-from . import files
+from ..files.student import student_path
+from . import folders
 from .models import Student
 from .process import Process
 from .progress import show_text
@@ -48,12 +48,12 @@ class Trained:
 def train_style(student: Student, style: str, name: str, updates: int, prompts: str = "") -> Trained:
     """Learns a style for this student in a process of its own and waits for it, showing what it does.
 
-    `style` is one of `files.style_sources()`; `updates` 0 and no prompts (one a line) take what the settings say. Goes on where an
+    `style` is one of `folders.style_sources()`; `updates` 0 and no prompts (one a line) take what the settings say. Goes on where an
     earlier run of this name was stopped. TrainingError before anything starts, else ProcessError in the process's words; an interrupt
     stops the process first, which leaves a checkpoint.
     """
-    file = student_path(files.saving_folder(files.STUDENTS), name)
-    folder = files.run_folder(file.relative_to(files.saving_folder(files.STUDENTS)).with_suffix("").as_posix())
+    file = student_path(folders.saving_folder(folders.STUDENTS), name)
+    folder = folders.run_folder(file.relative_to(folders.saving_folder(folders.STUDENTS)).with_suffix("").as_posix())
     command = style_command(student, style, folder, updates, prompts)
     require_training()
     require_own(file, folder)
@@ -71,7 +71,7 @@ def train_style(student: Student, style: str, name: str, updates: int, prompts: 
 def style_command(student: Student, style: str, folder: Path, updates: int, prompts: str) -> list[str]:
     """The arguments of `training/distill.py` for a style; TrainingError for what has no files to start from."""
     teacher, info = student.teacher, student.file.info
-    bundled = teacher.path == files.BUNDLED  # whose settings have prompts
+    bundled = teacher.path == folders.BUNDLED  # whose settings have prompts
     if student.guides or student.changes:
         raise TrainingError(
             "Expected a student without styles to train one for, found some on it; wire the student from AVDM2 Student Loader."
@@ -85,10 +85,10 @@ def style_command(student: Student, style: str, folder: Path, updates: int, prom
         raise TrainingError(
             "Expected prompts to learn the style on, found none; write some as you would for clips, one a line: 50 or more."
         )
-    if images := files.image_folders().get(style):
+    if images := folders.image_folders().get(style):
         source = {"style.images": images}
     else:
-        source = {"model.score_unet": files.style_folders().get(style) or files.model_file(files.CHECKPOINTS, style)}
+        source = {"model.score_unet": folders.style_folders().get(style) or folders.model_file(folders.CHECKPOINTS, style)}
     device = management.get_torch_device()
     settings = source | {
         "config": CONFIGS / ("style.yaml" if bundled else "style_sd15.yaml"),

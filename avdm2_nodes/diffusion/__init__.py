@@ -1,1 +1,1 @@
-"""The method itself, in torch and diffusers: schedules, UNets, samplers, student files, the SDM gradient."""
+"""The mathematics, in torch and diffusers: schedules, UNets, samplers, windows, guidance, the SDM gradient, styles."""

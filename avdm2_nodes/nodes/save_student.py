@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..comfy_bridge import files
+from ..comfy_bridge import folders
 from .types import CATEGORY, StudentWire
 
 STUDENT_FILE, ANIMATEDIFF_FILES = "student file", "AnimateDiff files"
@@ -11,7 +11,7 @@ class SaveStudent(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        files.register_folders()
+        folders.register_folders()
         return io.Schema(
             node_id="AVDM2SaveStudent",
             display_name="AVDM2 Save Student",

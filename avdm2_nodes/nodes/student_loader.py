@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..comfy_bridge import files
+from ..comfy_bridge import folders
 from .types import CATEGORY, StudentWire, TeacherWire
 
 
@@ -9,7 +9,7 @@ class StudentLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        files.register_folders()
+        folders.register_folders()
         return io.Schema(
             node_id="AVDM2StudentLoader",
             display_name="AVDM2 Student Loader",
@@ -19,7 +19,7 @@ class StudentLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "student",
-                    options=files.student_choices(),
+                    options=folders.student_choices(),
                     tooltip="A student file from models/avdm2, the one that comes with this pack, or an AnimateDiff-Lightning or "
                     "AnimateLCM module from models/animatediff_models.",
                 ),

@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..comfy_bridge import files
+from ..comfy_bridge import folders
 from .types import CATEGORY, StudentWire
 
 
@@ -9,7 +9,7 @@ class StyleTraining(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        files.register_folders()
+        folders.register_folders()
         return io.Schema(
             node_id="AVDM2StyleTraining",
             display_name="AVDM2 Style Training",
@@ -21,7 +21,7 @@ class StyleTraining(io.ComfyNode):
                 StudentWire.Input("student", tooltip="From AVDM2 Student Loader, without styles."),
                 io.Combo.Input(
                     "style",
-                    options=files.style_sources(),
+                    options=folders.style_sources(),
                     tooltip="The image model whose look is wanted, an SD1.5 checkpoint or the one that comes with this pack, or a folder "
                     "of pictures in ComfyUI's input folder.",
                 ),

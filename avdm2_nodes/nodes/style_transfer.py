@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..comfy_bridge import files
+from ..comfy_bridge import folders
 from .types import CATEGORY, StudentWire
 
 GUIDANCE, TRANSPLANT = "guidance", "transplant"
@@ -11,7 +11,7 @@ class StyleTransfer(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        files.register_folders()
+        folders.register_folders()
         return io.Schema(
             node_id="AVDM2StyleTransfer",
             display_name="AVDM2 Style Transfer",
@@ -22,7 +22,7 @@ class StyleTransfer(io.ComfyNode):
                 StudentWire.Input("student", tooltip="From AVDM2 Student Loader, or from another Style Transfer."),
                 io.Combo.Input(
                     "style",
-                    options=files.style_choices(),
+                    options=folders.style_choices(),
                     tooltip="A style file from models/avdm2, which costs no evaluations and needs no mode; or an image model, an SD1.5 "
                     "checkpoint or a style that comes with this pack, used as mode says.",
                 ),

@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from ..comfy_bridge import files
+from ..comfy_bridge import folders
 from .types import CATEGORY, TeacherWire
 
 
@@ -9,7 +9,7 @@ class TeacherLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        files.register_folders()
+        folders.register_folders()
         return io.Schema(
             node_id="AVDM2TeacherLoader",
             display_name="AVDM2 Teacher Loader",
@@ -19,12 +19,12 @@ class TeacherLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=files.checkpoint_choices(),
+                    options=folders.checkpoint_choices(),
                     tooltip="An SD1.5 checkpoint from models/checkpoints, or the miniature that comes with this pack.",
                 ),
                 io.Combo.Input(
                     "motion_module",
-                    options=files.motion_choices(),
+                    options=folders.motion_choices(),
                     tooltip="An AnimateDiff motion module from models/animatediff_models. The miniature has its own.",
                 ),
                 io.Model.Input(

@@ -17,8 +17,8 @@ from torch import nn
 
 from avdm2_nodes.diffusion.precision import sampling_dtype
 from avdm2_nodes.diffusion.samplers import draw_noise
-from avdm2_nodes.diffusion.stack import load_stack
-from avdm2_nodes.diffusion.student_file import (
+from avdm2_nodes.files.stack import load_stack
+from avdm2_nodes.files.student import (
     StudentInfo,
     read_student,
     student_timesteps,
@@ -27,7 +27,7 @@ from avdm2_nodes.diffusion.student_file import (
     weights_hash,
     write_student,
 )
-from avdm2_nodes.diffusion.style_file import StyleInfo, student_hash, write_style
+from avdm2_nodes.files.style import StyleInfo, student_hash, write_style
 from training.sample import student_sampler, teacher_sampler
 
 ROOT = Path(__file__).resolve().parents[2]

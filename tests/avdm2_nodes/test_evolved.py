@@ -15,12 +15,12 @@ from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from safetensors.torch import load_file, save_file
 
-from avdm2_nodes.diffusion.interchange import export_animatediff
-from avdm2_nodes.diffusion.motion_file import to_diffusers_keys
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
-from avdm2_nodes.diffusion.stack import load_image_unet
-from avdm2_nodes.diffusion.student_file import ANY_BASE, StudentInfo, read_student, student_unet, unet_config, write_student
 from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.files.interchange import export_animatediff
+from avdm2_nodes.files.motion import to_diffusers_keys
+from avdm2_nodes.files.stack import load_image_unet
+from avdm2_nodes.files.student import ANY_BASE, StudentInfo, read_student, student_unet, unet_config, write_student
 from tests.avdm2_nodes.conftest import ROOT
 from tests.avdm2_nodes.diffusion.original_layouts import SD15, original_checkpoint, original_motion, values
 from tests.avdm2_nodes.diffusion.per_frame import FrameNorm

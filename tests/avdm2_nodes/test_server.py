@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from avdm2_nodes.diffusion.precision import sampling_dtype
-from avdm2_nodes.diffusion.stack import load_stack
-from avdm2_nodes.diffusion.student_file import (
+from avdm2_nodes.files.stack import load_stack
+from avdm2_nodes.files.student import (
     StudentInfo,
     read_student,
     student_unet,

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.report import MISSING, chain_seconds, clip_seconds, markdown, ratios, write_report
 from benchmarks.run import lacks_room
-from training.timing import interleaved, peak_bytes, resident_bytes
+from training.run.timing import interleaved, peak_bytes, resident_bytes
 
 
 def times(*seconds):

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from avdm2_nodes.diffusion.student_file import read_student, student_unet, weights_hash
 from avdm2_nodes.diffusion.unets import video_predictor
-from training.checkpoint import Checkpoints
-from training.config import ROOT, load_config, to_yaml
-from training.data import write_clips
+from avdm2_nodes.files.student import read_student, student_unet, weights_hash
+from training.data.clips import write_clips
 from training.distill import export
-from training.meter import MEASURED
-from training.miniature import world
-from training.run_folder import RunFolder
+from training.run.checkpoint import Checkpoints
+from training.run.config import ROOT, load_config, to_yaml
+from training.run.folder import RunFolder
+from training.run.meter import MEASURED
+from training.world import scenes
 
 SCRIPT = ROOT / "training" / "distill.py"
 
@@ -285,8 +285,8 @@ def test_captions_beside_the_videos_serve_too(settings, tmp_path):
     """Anybody's folder: no rendering, captions in text files, a size of its own."""
     from training import distill
 
-    clips = list(world.render_split(2, style="plain", held_out=False, seed=0))
-    write_clips(tmp_path / "data", ((clip.frames, clip.content.caption) for clip in clips), world.FPS)
+    clips = list(scenes.render_split(2, style="plain", held_out=False, seed=0))
+    write_clips(tmp_path / "data", ((clip.frames, clip.content.caption) for clip in clips), scenes.FPS)
     (tmp_path / "data" / "captions.jsonl").unlink()
     for i, clip in enumerate(clips):
         (tmp_path / "data" / f"{i:05d}.txt").write_text(clip.content.caption)

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from avdm2_nodes.diffusion.samplers import sample_student
-from avdm2_nodes.diffusion.student_file import (
+from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.files.student import (
     StudentInfo,
     read_student,
     student_unet,
@@ -15,14 +16,13 @@ from avdm2_nodes.diffusion.student_file import (
     weights_hash,
     write_student,
 )
-from avdm2_nodes.diffusion.unets import video_predictor
 from training import evaluate
-from training.config import load_config
-from training.data import write_clips
+from training.data.clips import write_clips
 from training.distill import distil
 from training.evaluation.backbones import BackboneError, load_clip
 from training.evaluation.rows import Bench, Method
-from training.run_folder import RunFolder
+from training.run.config import load_config
+from training.run.folder import RunFolder
 
 
 @pytest.fixture(scope="module")

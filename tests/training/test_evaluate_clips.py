@@ -7,8 +7,8 @@ import torch
 
 from tests.training.conftest import FRAMES, SIDE
 from training import evaluate_clips
-from training.data import write_clips
-from training.video import read_video
+from training.data.clips import write_clips
+from training.data.video import read_video
 
 
 @pytest.fixture(scope="module")

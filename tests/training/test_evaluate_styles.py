@@ -7,11 +7,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from avdm2_nodes.diffusion.guidance import pull_evaluations
 from avdm2_nodes.diffusion.samplers import ddim_scheduler
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
-from avdm2_nodes.diffusion.stack import load_image_unet
-from avdm2_nodes.diffusion.student_file import StudentInfo, read_student, unet_config, weights_hash, write_student
 from avdm2_nodes.diffusion.style import style_change
-from avdm2_nodes.diffusion.style_file import StyleFileError, StyleInfo, student_hash, write_style
 from avdm2_nodes.diffusion.unets import image_predictor, video_unet
+from avdm2_nodes.files.stack import load_image_unet
+from avdm2_nodes.files.student import StudentInfo, read_student, unet_config, weights_hash, write_student
+from avdm2_nodes.files.style import StyleFileError, StyleInfo, student_hash, write_style
 from training import evaluate_styles
 from training.evaluate_styles import FRAMES, MODES, STRENGTHS, TEACHER, UNSWAPPED, guided_method, restyled, student_method
 from training.evaluation.rows import Bench

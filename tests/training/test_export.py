@@ -5,10 +5,10 @@ import sys
 import pytest
 from diffusers import AnimateDiffPipeline
 
-from avdm2_nodes.diffusion.recognise import read_layout, recognise
-from avdm2_nodes.diffusion.student_file import StudentInfo, unet_config, weights_hash, write_student
+from avdm2_nodes.files.recognise import read_layout, recognise
+from avdm2_nodes.files.student import StudentInfo, unet_config, weights_hash, write_student
 from training import export
-from training.config import ROOT
+from training.run.config import ROOT
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import torch
 from diffusers import MotionAdapter, UNet2DConditionModel
 
 from avdm2_nodes.diffusion.samplers import draw_noise
-from avdm2_nodes.diffusion.stack import Stack
-from training.config import from_yaml
-from training.discriminator import DiscriminatorHeads
-from training.loop import Distillation
-from training.roles import build_roles
+from avdm2_nodes.files.stack import Stack
+from training.method.discriminator import DiscriminatorHeads
+from training.method.loop import Distillation
+from training.method.roles import build_roles
+from training.run.config import from_yaml
 
 pytestmark = pytest.mark.slow
 

@@ -15,14 +15,15 @@ import webdataset
 
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_teacher
 from avdm2_nodes.diffusion.unets import video_predictor
-from training import distill, prepare, teacher_clips
-from training.cache import Cache, is_cache, space_of
-from training.config import ROOT, ConfigError, load_config, to_yaml
-from training.data import ClipFolder, DataError, write_clips
-from training.latents import open_clips
-from training.miniature import world
-from training.randomness import keyed_generator
-from training.run_folder import RunFolder, RunFolderError
+from training import distill, prepare
+from training.data import teacher_clips
+from training.data.cache import Cache, is_cache, space_of
+from training.data.clips import ClipFolder, DataError, write_clips
+from training.data.latents import open_clips
+from training.run.config import ROOT, ConfigError, load_config, to_yaml
+from training.run.folder import RunFolder, RunFolderError
+from training.run.randomness import keyed_generator
+from training.world import scenes
 
 SCRIPT = ROOT / "training" / "prepare.py"
 CPU = torch.device("cpu")
@@ -33,8 +34,8 @@ GOOD = 7
 def videos(tmp_path_factory):
     """A folder of seven clips and, between them, three that cannot be used."""
     folder = tmp_path_factory.mktemp("videos") / "set"
-    clips = [(clip.frames, clip.content.caption) for clip in world.render_split(GOOD, style="plain", held_out=False, seed=0)]
-    write_clips(folder, clips, world.FPS)
+    clips = [(clip.frames, clip.content.caption) for clip in scenes.render_split(GOOD, style="plain", held_out=False, seed=0)]
+    write_clips(folder, clips, scenes.FPS)
     data = (folder / "00003.mp4").read_bytes()
     (folder / "00003b.mp4").write_bytes(data[: len(data) // 2])
     (folder / "00004b.mp4").write_bytes(data)  # has no caption

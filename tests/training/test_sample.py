@@ -9,19 +9,19 @@ from diffusers import AutoencoderTiny, MotionAdapter, UNet2DConditionModel
 from torch import nn
 
 from avdm2_nodes.diffusion.guidance import pulled
-from avdm2_nodes.diffusion.motion_file import to_original_keys
-from avdm2_nodes.diffusion.peers import load_peer
-from avdm2_nodes.diffusion.recognise import write_tensors
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
-from avdm2_nodes.diffusion.stack import load_image_unet, load_stack
-from avdm2_nodes.diffusion.student_file import StudentInfo, read_student, student_unet, unet_config, weights_hash, write_student
-from avdm2_nodes.diffusion.style_file import StyleInfo, student_hash, write_style
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor, video_unet
+from avdm2_nodes.files.motion import to_original_keys
+from avdm2_nodes.files.peers import load_peer
+from avdm2_nodes.files.recognise import write_tensors
+from avdm2_nodes.files.stack import load_image_unet, load_stack
+from avdm2_nodes.files.student import StudentInfo, read_student, student_unet, unet_config, weights_hash, write_student
+from avdm2_nodes.files.style import StyleInfo, student_hash, write_style
 from training import sample
-from training.config import ROOT
+from training.data.video import read_video
 from training.miniature.models import new_image_unet, new_motion_adapter, new_text_encoder, write_tokenizer
 from training.miniature.vae import new_vae
-from training.video import read_video
+from training.run.config import ROOT
 
 torch.set_num_threads(1)
 

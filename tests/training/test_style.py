@@ -8,20 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
-from avdm2_nodes.diffusion.student_file import StudentFileError, read_student, student_unet, weights_hash
 from avdm2_nodes.diffusion.style import StyleError, add_change, style_change
-from avdm2_nodes.diffusion.style_file import StyleFileError, lora_change, lora_products, read_style, require_student
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor
-from training import distill, image_style
-from training.config import ConfigError, load_config, to_yaml
-from training.cost import Inputs, meta_inputs, meta_roles
-from training.data import DataError
-from training.discriminator import DiscriminatorHeads
+from avdm2_nodes.files.student import StudentFileError, read_student, student_unet, weights_hash
+from avdm2_nodes.files.style import StyleFileError, lora_change, lora_products, read_style, require_student
+from training import distill
+from training.cost.memory_plan import plan_of
+from training.cost.operations import Inputs, meta_inputs, meta_roles
+from training.data.clips import DataError
 from training.evaluation.rows import student_method
-from training.memory_plan import plan_of
-from training.parent import StoppedError
-from training.roles import begin_with, build_roles
-from training.run_folder import RunFolder, RunFolderError
+from training.method import image_style
+from training.method.discriminator import DiscriminatorHeads
+from training.method.roles import begin_with, build_roles
+from training.run.config import ConfigError, load_config, to_yaml
+from training.run.folder import RunFolder, RunFolderError
+from training.run.parent import StoppedError
 
 
 @pytest.fixture(scope="module")

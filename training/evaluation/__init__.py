@@ -1,1 +1,1 @@
-"""Measuring clips of the miniature world: the oracle, the metrics, the feature net and the pictures."""
+"""Measuring clips: the metrics, the feature net, the tables and the pictures."""

@@ -1,6 +1,6 @@
 """The public networks that FVD and CLIPScore are defined by, from local paths; nothing is ever downloaded.
 
-Protocols, for clips (N, F, H, W, 3) uint8 that `training.data.ClipFolder` has read, resized to cover and cut at the centre:
+Protocols, for clips (N, F, H, W, 3) uint8 that `training.data.clips.ClipFolder` has read, resized to cover and cut at the centre:
 
 - FVD (Unterthiner et al., arXiv 1812.01717): the squared Fréchet distance of I3D's 400 Kinetics logits, from the TorchScript file
   that StyleGAN-V (arXiv 2112.14683) and most papers since have used (i3d_torchscript.pt), which resizes to 224x224 and rescales by itself.
@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer, VideoMAEModel
 
-from training.data import cover
+from training.data.clips import cover
 from training.evaluation.feature_net import content_hash
 from training.evaluation.measure import Figure, spread
 from training.evaluation.metrics import bootstrap_interval, frechet_distance

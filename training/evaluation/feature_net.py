@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training.miniature.world import BACKGROUNDS, COLOURS, DIRECTIONS, FRAMES, RADII, SHAPES, SIDE, SPEEDS, STYLES, Content
+from training.world.scenes import BACKGROUNDS, COLOURS, DIRECTIONS, FRAMES, RADII, SHAPES, SIDE, SPEEDS, STYLES, Content
 
 VERSION = 1
 STILL = "still"  # the class of a shape that stands still, among directions and among speeds

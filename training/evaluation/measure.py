@@ -21,8 +21,8 @@ from training.evaluation.metrics import (
     kernel_distance,
     proportion_interval,
 )
-from training.evaluation.oracle import ATTRIBUTES, judge, motion_error, read_clip
-from training.miniature.world import Content
+from training.world.oracle import ATTRIBUTES, judge, motion_error, read_clip
+from training.world.scenes import Content
 
 Figure = tuple[float, float, float]  # value, lower and upper end of its 95% interval
 

@@ -17,16 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from avdm2_nodes.diffusion.samplers import Chain, draw_noise, sample_student, sample_teacher
-from avdm2_nodes.diffusion.stack import Stack
 from avdm2_nodes.diffusion.unets import Predictor
-from training.checkpoint import write_atomically
-from training.data import ClipFolder
+from avdm2_nodes.files.stack import Stack
+from training.data.clips import ClipFolder
 from training.evaluation.backbones import Networks
 from training.evaluation.feature_net import VideoFeatures
 from training.evaluation.measure import Figure, figures, measure
-from training.miniature import world
-from training.precision import autocast, lent
-from training.randomness import sample_generators
+from training.run.checkpoint import write_atomically
+from training.run.precision import autocast, lent
+from training.run.randomness import sample_generators
+from training.world import scenes
 
 # (noise (B, C, F, h, w), text (B, L, D), one generator a sample) -> clips in model space
 Sampler = Callable[[Tensor, Tensor, list[torch.Generator]], Tensor]
@@ -114,14 +114,14 @@ class Bench(Gallery):
         precision: str = "auto", device: torch.device = CPU,
     ):  # fmt: skip
         self.net, self.style, self.judge_style = net, style, judge_style
-        self.contents = world.draw_contents(clips, held_out=True, seed=seed)
+        self.contents = scenes.draw_contents(clips, held_out=True, seed=seed)
         captions = [content.caption for content in self.contents]
-        super().__init__(stack, captions, world.FRAMES, world.SIDE, world.SIDE, seed, precision, device)
+        super().__init__(stack, captions, scenes.FRAMES, scenes.SIDE, scenes.SIDE, seed, precision, device)
 
     def real_clips(self, draw: int) -> np.ndarray:
         """(N, F, H, W, 3) uint8: rendered clips of the prompts; another `draw` is another place, speed and ground of each."""
         rngs = (np.random.default_rng([self.seed, draw, i]) for i in range(len(self.contents)))
-        return np.stack([world.render(c, self.style, rng).frames for c, rng in zip(self.contents, rngs, strict=True)])
+        return np.stack([scenes.render(c, self.style, rng).frames for c, rng in zip(self.contents, rngs, strict=True)])
 
     def reference(self) -> dict[str, np.ndarray]:
         return self.measure(self.real_clips(draw=0))

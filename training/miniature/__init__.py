@@ -1,1 +1,1 @@
-"""The miniature: a rendered world of captioned clips and the small real stack that is trained on it."""
+"""The miniature: a small real stack, trained on the rendered world."""

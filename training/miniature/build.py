@@ -20,17 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from avdm2_nodes.diffusion.schedules import VIDEO
-from avdm2_nodes.diffusion.stack import decode_clips, encode_clips, load_image_unet, load_motion, load_stack, load_vae
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor, video_unet
-from training.checkpoint import write_atomically
-from training.data import ClipFolder, needs_clips, write_clips
+from avdm2_nodes.files.stack import decode_clips, encode_clips, load_image_unet, load_motion, load_stack, load_vae
+from training.data.clips import ClipFolder, needs_clips, write_clips
 from training.evaluation import feature_net
-from training.image_style import dropped, image_losses
-from training.miniature import world
+from training.method.image_style import dropped, image_losses
+from training.method.stage import KernelMuon, adamw, run_stage
 from training.miniature.models import new_image_unet, new_motion_adapter, new_text_encoder, write_tokenizer
 from training.miniature.vae import crop_where_colourful, new_vae, preview_colours, vae_losses
-from training.precision import autocast
-from training.stage import KernelMuon, adamw, run_stage
+from training.run.checkpoint import write_atomically
+from training.run.precision import autocast
+from training.world import scenes
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +81,13 @@ def save_half(module: nn.Module, folder: Path) -> None:
 def render_clips(folder: Path, style: str, count: int, seed: int) -> None:
     """Renders `count` training clips of a style into a folder of videos with captions, unless they stand there."""
     if needs_clips(folder):
-        clips = world.render_split(count, style=style, held_out=False, seed=seed)
-        write_clips(folder, ((clip.frames, clip.content.caption) for clip in clips), world.FPS)
+        clips = scenes.render_split(count, style=style, held_out=False, seed=seed)
+        write_clips(folder, ((clip.frames, clip.content.caption) for clip in clips), scenes.FPS)
 
 
 def read_all(folder: Path) -> tuple[Tensor, list[str]]:
     """All clips of a folder (N, F, H, W, 3) uint8 and their captions."""
-    clips = ClipFolder(folder, world.FRAMES, world.SIDE, world.SIDE)
+    clips = ClipFolder(folder, scenes.FRAMES, scenes.SIDE, scenes.SIDE)
     return torch.stack([clips.read(i) for i in range(len(clips))]), clips.captions
 
 
@@ -133,7 +133,7 @@ def write_facts(path: Path, factors: Tensor, bias: Tensor) -> None:
         "latent_rgb_factors": [[round(x, 4) for x in row] for row in factors.tolist()],
         "latent_rgb_factors_bias": [round(x, 4) for x in bias.tolist()],
     }
-    path.write_text(json.dumps({"frames": world.FRAMES, **colours}, indent=1) + "\n")
+    path.write_text(json.dumps({"frames": scenes.FRAMES, **colours}, indent=1) + "\n")
 
 
 def build_decoder(turn: Round) -> dict:
@@ -154,7 +154,7 @@ def build_decoder(turn: Round) -> dict:
 
 def all_frames(work: Path) -> Tensor:
     """(N, H, W, 3) uint8, of both styles."""
-    return torch.cat([read_all(work / "clips" / style)[0].flatten(0, 1) for style in world.STYLES])
+    return torch.cat([read_all(work / "clips" / style)[0].flatten(0, 1) for style in scenes.STYLES])
 
 
 def probe_of(frames: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def encoded_clips(work: Path, stack: Path, style: str) -> tuple[Tensor, list[str
         write_atomically(
             cache, lambda path: save_file({"latents": latents.contiguous()}, path, {"captions": json.dumps(captions)})
         )
-    return load_file(cache)["latents"], ClipFolder(work / "clips" / style, world.FRAMES, world.SIDE, world.SIDE).captions
+    return load_file(cache)["latents"], ClipFolder(work / "clips" / style, scenes.FRAMES, scenes.SIDE, scenes.SIDE).captions
 
 
 def build_image(turn: Round) -> dict:
@@ -200,7 +200,7 @@ def build_image(turn: Round) -> dict:
         parts = load_stack(stack, with_motion=False)
         tokenizer, text_encoder, unet = parts.tokenizer, parts.text_encoder, parts.image_unet
     else:
-        tokenizer = write_tokenizer(stack / "tokenizer", [content.caption for content in world.all_contents()])
+        tokenizer = write_tokenizer(stack / "tokenizer", [content.caption for content in scenes.all_contents()])
         torch.manual_seed(turn.seed)
         text_encoder, unet = new_text_encoder(tokenizer), new_image_unet()
     both = nn.ModuleDict({"text": text_encoder, "unet": unet}).requires_grad_(True)
@@ -265,9 +265,9 @@ def build_motion(turn: Round, batch: int = 16) -> dict:
 def build_features(turn: Round, batch: int = 16) -> dict:
     """The feature net of the evaluation, on rendered clips of both styles and of all combinations; it never sees the VAE."""
     clips, styles = [], []
-    for style in world.STYLES:
+    for style in scenes.STYLES:
         for held_out, count in FEATURE_CLIPS.items():
-            clips += world.render_split(count, style=style, held_out=held_out, seed=turn.seed + 1)
+            clips += scenes.render_split(count, style=style, held_out=held_out, seed=turn.seed + 1)
             styles += [style] * count
     frames = torch.from_numpy(np.stack([clip.frames for clip in clips]))
     targets = feature_net.targets_of(
@@ -293,8 +293,8 @@ def build_features(turn: Round, batch: int = 16) -> dict:
     net.eval()
     feature_net.save_features(net, path)
     probe = [
-        world.render(c, "plain", np.random.default_rng([turn.seed, 9, i]))
-        for i, c in enumerate(world.draw_contents(256, held_out=True, seed=9))
+        scenes.render(c, "plain", np.random.default_rng([turn.seed, 9, i]))
+        for i, c in enumerate(scenes.draw_contents(256, held_out=True, seed=9))
     ]
     truth = feature_net.targets_of(
         [c.content for c in probe],

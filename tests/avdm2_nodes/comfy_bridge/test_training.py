@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from training.config import load_config
+from training.run.config import load_config
 
 STYLE, PROMPTS = "other of tiny", "a red circle\na blue square\n"
 
@@ -125,7 +125,7 @@ def test_a_file_of_the_same_run_is_replaced_whole(room, tmp_path):
 
 
 def test_folders_of_pictures_are_offered(comfyui, pictures):
-    files = comfyui.pack("comfy_bridge.files")
+    files = comfyui.pack("comfy_bridge.folders")
     assert files.image_folders()["images in input/paintings"] == pictures
     assert "images in input/notes" not in files.style_sources() and STYLE in files.style_sources()
 

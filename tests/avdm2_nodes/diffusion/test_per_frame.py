@@ -6,12 +6,12 @@ import torch
 
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
 from avdm2_nodes.diffusion.schedules import VIDEO
-from avdm2_nodes.diffusion.stack import load_stack
-from avdm2_nodes.diffusion.student_file import read_student, student_unet
 from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.files.stack import load_stack
+from avdm2_nodes.files.student import read_student, student_unet
 from tests.avdm2_nodes.diffusion.per_frame import per_frame
-from training.miniature import world
 from training.sample import MODEL, STUDENT
+from training.world import scenes
 
 CLIPS = 4
 
@@ -32,7 +32,7 @@ def student(shipped):
 
 @pytest.fixture(scope="module")
 def texts(shipped):
-    return shipped.encode_text([content.caption for content in world.draw_contents(CLIPS, held_out=True, seed=0)])
+    return shipped.encode_text([content.caption for content in scenes.draw_contents(CLIPS, held_out=True, seed=0)])
 
 
 @torch.no_grad()
@@ -47,8 +47,8 @@ def test_one_frame_is_normalised_alike(shipped):
 def test_what_it_changes_in_a_prediction(shipped, student, texts, who, record_property):
     unet = student if who == "student" else shipped.teacher
     generator = torch.Generator().manual_seed(0)
-    contents = world.draw_contents(CLIPS, held_out=True, seed=0)
-    frames = [torch.from_numpy(world.render(c, "plain", np.random.default_rng(i)).frames) for i, c in enumerate(contents)]
+    contents = scenes.draw_contents(CLIPS, held_out=True, seed=0)
+    frames = [torch.from_numpy(scenes.render(c, "plain", np.random.default_rng(i)).frames) for i, c in enumerate(contents)]
     x0 = shipped.encode_clips(torch.stack(frames))
     noise = draw_noise(x0.shape, generator)
     for t in (999, 749, 499, 249, 50):
@@ -65,7 +65,7 @@ def test_what_it_changes_in_a_students_clip(shipped, student, texts, record_prop
     clips = []
     for unet in (student, per_frame(student)):
         generators = [torch.Generator().manual_seed(100 + i) for i in range(CLIPS)]
-        noise = draw_noise((CLIPS, 4, world.FRAMES, 8, 8), generators)
+        noise = draw_noise((CLIPS, 4, scenes.FRAMES, 8, 8), generators)
         clip = sample_student(video_predictor(unet), noise, texts, (999, 749, 499, 249), generators)
         clips.append(shipped.decode_clips(clip).float())
     squared = (clips[0] - clips[1]).square().flatten(1).mean(1)

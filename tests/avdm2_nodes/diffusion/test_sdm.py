@@ -3,7 +3,7 @@ import torch
 
 from avdm2_nodes.diffusion.schedules import IMAGE
 from avdm2_nodes.diffusion.sdm import score_pair, sdm_difference, sdm_gradient
-from training.losses import sdm_loss
+from training.method.losses import sdm_loss
 
 SHAPE = (5, 4, 8, 8)
 T = torch.tensor([20, 200, 500, 800, 980])

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from avdm2_nodes.diffusion.stack import load_image_unet
 from avdm2_nodes.diffusion.style import StyleChange, StyleError, add_change, style_change
 from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.files.stack import load_image_unet
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import pytest
 import torch
 from diffusers import MotionAdapter
 
-from avdm2_nodes.diffusion.motion_file import to_original_keys
-from avdm2_nodes.diffusion.peers import load_peer
-from avdm2_nodes.diffusion.recognise import write_tensors
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
-from avdm2_nodes.diffusion.student_file import read_student, student_unet
 from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.files.motion import to_original_keys
+from avdm2_nodes.files.peers import load_peer
+from avdm2_nodes.files.recognise import write_tensors
+from avdm2_nodes.files.student import read_student, student_unet
 from tests.avdm2_nodes.conftest import as_latent, in_sampling_dtype
 from tests.conftest import WIDTHS
 
@@ -53,7 +53,7 @@ def sample(comfyui, loaded):
 
 
 def test_they_are_offered_and_motion_modules_of_teachers_are_not(comfyui, model_folders):
-    files = comfyui.pack("comfy_bridge.files")
+    files = comfyui.pack("comfy_bridge.folders")
     (model_folders / "animatediff_models" / "v3_sd15_mm.ckpt").touch()
     choices = files.student_choices()
     (model_folders / "animatediff_models" / "v3_sd15_mm.ckpt").unlink()

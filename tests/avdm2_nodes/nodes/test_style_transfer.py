@@ -5,9 +5,9 @@ from torch import nn
 from avdm2_nodes.diffusion.guidance import pulled
 from avdm2_nodes.diffusion.precision import sampling_dtype
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
-from avdm2_nodes.diffusion.stack import load_image_unet
-from avdm2_nodes.diffusion.student_file import read_student, student_unet
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor
+from avdm2_nodes.files.stack import load_image_unet
+from avdm2_nodes.files.student import read_student, student_unet
 from tests.avdm2_nodes.conftest import as_latent, in_sampling_dtype
 
 OTHER, SAME = "other of tiny", "same of tiny"
@@ -157,7 +157,7 @@ def nodes_student(student, unet):
 
 
 def test_a_style_file_is_laid_on_the_student(sample, styled, student, students, node_stack, write_style_file):
-    from avdm2_nodes.diffusion.style_file import lora_change, read_style
+    from avdm2_nodes.files.style import lora_change, read_style
 
     file = write_style_file(student.file, "learnt")
     unet = student_unet(read_student(students["all"]))

@@ -6,14 +6,14 @@ import torch
 from safetensors.torch import save_file
 
 from training.evaluation import feature_net
-from training.miniature import world
+from training.world import scenes
 
 
 def batch(count=8, seed=0):
-    contents = world.draw_contents(count, held_out=False, seed=seed)
-    styles = [world.STYLES[i % 2] for i in range(count)]
+    contents = scenes.draw_contents(count, held_out=False, seed=seed)
+    styles = [scenes.STYLES[i % 2] for i in range(count)]
     clips = [
-        world.render(c, s, np.random.default_rng([seed, i])) for i, (c, s) in enumerate(zip(contents, styles, strict=True))
+        scenes.render(c, s, np.random.default_rng([seed, i])) for i, (c, s) in enumerate(zip(contents, styles, strict=True))
     ]
     targets = feature_net.targets_of(
         contents, styles, np.stack([c.velocity for c in clips]), np.stack([c.centres for c in clips])
@@ -52,8 +52,8 @@ def test_features_see_the_order_of_the_frames(net):
 
 def test_targets_name_still_clips():
     contents = [
-        world.Content("small", "red", "circle", None, None, "plain"),
-        world.Content("large", "blue", "square", "up", "fast", "checked"),
+        scenes.Content("small", "red", "circle", None, None, "plain"),
+        scenes.Content("large", "blue", "square", "up", "fast", "checked"),
     ]
     targets = feature_net.targets_of(contents, ["plain", "neon"], np.zeros((2, 2)), np.zeros((2, 8, 2)))
     words = {name: [feature_net.CLASSES[name][i] for i in targets[name]] for name in feature_net.CLASSES}

@@ -5,7 +5,7 @@ import torch
 from training.evaluation.feature_net import load_features
 from training.evaluation.measure import BETTER, figures, measure
 from training.evaluation.rows import Bench, Method, kept, student_method, teacher_method
-from training.miniature import world
+from training.world import scenes
 
 CLIPS = 12
 
@@ -23,8 +23,8 @@ def bench(stack, net):
 @pytest.fixture(scope="module")
 def real(net):
     """Measured: two draws of real clips of the same prompts."""
-    contents = world.draw_contents(CLIPS, held_out=True, seed=0)
-    draws = [[world.render(c, "plain", np.random.default_rng([d, i])) for i, c in enumerate(contents)] for d in range(2)]
+    contents = scenes.draw_contents(CLIPS, held_out=True, seed=0)
+    draws = [[scenes.render(c, "plain", np.random.default_rng([d, i])) for i, c in enumerate(contents)] for d in range(2)]
     rows = [measure(np.stack([clip.frames for clip in clips]), contents, net) for clips in draws]
     return draws, rows, [content.caption for content in contents]
 
@@ -57,7 +57,7 @@ def test_the_style_is_a_figure_where_it_is_asked_for(real, net):
     draws, (row, _), prompts = real
     contents = [clip.content for clip in draws[0]]
     plain = np.stack([clip.frames for clip in draws[0]])
-    neon = np.stack([world.render(c, "neon", np.random.default_rng(i)).frames for i, c in enumerate(contents)])
+    neon = np.stack([scenes.render(c, "neon", np.random.default_rng(i)).frames for i, c in enumerate(contents)])
     half = np.concatenate([neon[: CLIPS // 2], plain[CLIPS // 2 :, ::-1]])  # half of them in the style, half of them backwards
     said = figures(measure(half, contents, net, "neon"), row, prompts)
     assert said["style"][0] == 0.5 and said["frame accuracy"][0] == 1.0 and said["accuracy"][0] < 1.0
@@ -87,7 +87,7 @@ def test_diversity_is_told_where_prompts_repeat(real):
 
 
 def test_prompts_are_held_out_and_the_same_for_all(bench):
-    assert len(bench.prompts) == CLIPS and all(world.parse_caption(prompt).held_out for prompt in bench.prompts)
+    assert len(bench.prompts) == CLIPS and all(scenes.parse_caption(prompt).held_out for prompt in bench.prompts)
     assert np.array_equal(bench.real_clips(0), bench.real_clips(0))
     assert not np.array_equal(bench.real_clips(0), bench.real_clips(1))
 

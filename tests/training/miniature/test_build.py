@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from avdm2_nodes.diffusion.stack import load_stack
+from avdm2_nodes.files.stack import load_stack
 from training.evaluation.feature_net import load_features
 from training.miniature import build
 

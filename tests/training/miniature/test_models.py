@@ -5,10 +5,10 @@ from diffusers import UNetMotionModel
 from transformers import CLIPTokenizer
 
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor, video_unet
-from training.miniature import world
 from training.miniature.models import TOKENS, new_image_unet, new_motion_adapter, new_text_encoder, write_tokenizer
+from training.world import scenes
 
-CAPTIONS = [content.caption for content in world.all_contents()]
+CAPTIONS = [content.caption for content in scenes.all_contents()]
 
 
 def test_every_caption_fits_and_is_its_own_text(tmp_path):

@@ -1,0 +1,1 @@
+"""What lies on disk: students, styles, the miniature, and other tools' files."""

@@ -1,0 +1,216 @@
+import shutil
+import weakref
+from importlib.util import find_spec
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from avdm2_nodes.files.stack import StackError, decode_clips, encode_clips, frames_at_once, load_image_unet, load_stack
+from tests.avdm2_nodes.diffusion.original_layouts import TINY, original_checkpoint, original_motion, values
+
+
+@pytest.fixture
+def folder(stack_folder, tmp_path):
+    """A copy of the tiny stack, to be damaged."""
+    return shutil.copytree(stack_folder, tmp_path / "copy")
+
+
+def refusal(*args, **options):
+    with pytest.raises(StackError) as caught:
+        load_stack(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_everything_is_frozen_float32_and_in_evaluation_mode(folder):
+    load_image_unet(folder).half().save_pretrained(folder / "unet")
+    stack = load_stack(folder)
+    for part in (stack.text_encoder, stack.vae, stack.image_unet, stack.motion, stack.teacher):
+        assert not part.training
+        assert all(p.dtype == torch.float32 and not p.requires_grad for p in part.parameters())
+
+
+def test_encoding_and_decoding_are_the_vaes_frame_by_frame(stack):
+    frames = torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
+    clips = encode_clips(stack.vae, frames, batch=4)
+    assert clips.shape == (2, 4, 3, 8, 8) and clips.dtype == torch.float32
+    decoded = decode_clips(stack.vae, clips, batch=4)
+    assert decoded.shape == frames.shape and decoded.dtype == torch.uint8
+    with torch.no_grad():
+        image = frames[1, 2].permute(2, 0, 1)[None] / 127.5 - 1
+        latent = stack.vae.encode(image).latents
+        torch.testing.assert_close(clips[1, :, 2], 2.0 * latent[0], rtol=1e-4, atol=1e-5)  # 2 is its scaling factor
+        back = (stack.vae.decode(clips[1:, :, 2] / 2.0).sample[0] + 1) * 127.5
+    assert (decoded[1, 2].permute(2, 0, 1) - back.clamp(0, 255)).abs().max() < 0.51
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile held at once."""
+
+    def __enter__(self):
+        self.live, self.peak, self._known = 0, 0, set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return out
+
+    def _freed(self, storage, size):
+        self._known.discard(storage)
+        self.live -= size
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["SD1.5's", "TAESD"])
+def test_frames_go_through_a_vae_within_a_bound_of_memory(kind, dtype):
+    with torch.device("meta"):
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        widths = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+        vae = AutoencoderTiny() if kind == "TAESD" else AutoencoderKL(**blocks, **widths)
+    torch.nn.Module.to(vae, dtype)
+    room = 3 * 2**30
+    frames = frames_at_once(vae, 512, 448, room)
+    assert 1 < frames <= 32
+    for go, side in ((vae.decode, (4, 64, 56)), (vae.encode, (3, 512, 448))):
+        with Allocated() as allocated:
+            go(torch.empty(frames, *side, dtype=dtype, device="meta"))
+        assert allocated.peak < 1.05 * room
+        assert frames == 32 or go == vae.encode or allocated.peak > room / 2
+    assert frames_at_once(vae, 8192, 8192, room) == 1
+
+
+def test_a_vae_in_half_precision_gives_the_frames_to_a_grey_level_or_two(stack):
+    torch.manual_seed(0)
+    torch.nn.init.normal_(stack.vae.decoder.layers[-1].weight, std=0.2)  # so that frames are not all of one grey
+    clips = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact = stack.decode_clips(clips)
+    stack.vae.bfloat16()
+    half = stack.decode_clips(clips)
+    assert half.dtype == torch.uint8 and exact.float().std() > 10
+    assert (half.int() - exact.int()).abs().max() <= 3
+    assert stack.encode_clips(half).dtype == torch.float32
+
+
+def test_text_is_padded_cut_and_each_caption_apart(stack):
+    long = "a small red circle " * 20
+    text = stack.encode_text(["", "a small red circle", long])
+    assert text.shape == (3, 32, 32)
+    torch.testing.assert_close(stack.encode_text([long])[0], text[2], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(text[0], text[1])
+
+
+def test_without_motion_there_is_an_image_stack(folder):
+    shutil.rmtree(folder / "motion_adapter")
+    assert load_stack(folder, with_motion=False).motion is None
+    assert "motion_adapter" in refusal(folder)
+
+
+def test_another_motion_adapter_may_be_named(folder, make_motion):
+    other = make_motion()
+    other.save_pretrained(folder / "other")
+    motion = load_stack(folder, motion=folder / "other").motion
+    assert all(torch.equal(a, b) for a, b in zip(motion.parameters(), other.parameters(), strict=True))
+
+
+def test_a_motion_adapter_of_other_widths_is_refused(folder, make_motion):
+    make_motion((32, 64, 64)).save_pretrained(folder / "other")
+    assert "(32, 64, 64)" in refusal(folder, motion=folder / "other")
+
+
+def test_an_image_unet_is_found_in_its_folder_and_in_a_stack(stack_folder):
+    a, b = load_image_unet(stack_folder), load_image_unet(stack_folder / "unet")
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_missing_folder_and_missing_parts_are_named(folder, tmp_path):
+    assert str(tmp_path / "gone") in refusal(tmp_path / "gone")
+    assert "Expected a model file at" in refusal(tmp_path / "gone.safetensors")
+    for part in ("tokenizer", "text_encoder", "vae", "unet", "motion_adapter"):
+        shutil.move(folder / part, tmp_path / "away")
+        assert str(folder / part) in refusal(folder)
+        shutil.move(tmp_path / "away", folder / part)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert f"in {tmp_path / 'empty'}, found no vocab.json" in refusal(folder, tokenizer=tmp_path / "empty")
+    (folder / "tokenizer" / "merges.txt").unlink()
+    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    assert f"in {folder / 'tokenizer'}, found no merges.txt" in refusal(folder)
+
+
+@pytest.mark.parametrize("part", ["text_encoder/model", "vae/diffusion_pytorch_model", "unet/diffusion_pytorch_model"])
+def test_damaged_weights_are_refused(folder, part):
+    path = folder / f"{part}.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert str(path.parent) in refusal(folder)
+
+
+def test_a_damaged_config_and_a_vae_of_another_kind_are_refused(folder):
+    config = folder / "vae" / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace("AutoencoderTiny", "VQModel"))
+    assert "found 'VQModel'" in refusal(folder)
+    config.write_text(text[:20])
+    assert "config.json" in refusal(folder)
+
+
+def test_facts_beside_the_parts_are_read_and_may_lack(folder):
+    assert load_stack(folder).frames == 16 and load_stack(folder).facts == {}
+    (folder / "stack.json").write_text('{"frames": 8, "latent_rgb_factors_bias": [0, 0, 1]}')
+    stack = load_stack(folder)
+    assert stack.frames == 8 and stack.facts["latent_rgb_factors_bias"] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"frames": "many"}'])
+def test_damaged_facts_are_refused(folder, text):
+    (folder / "stack.json").write_text(text)
+    with pytest.raises(StackError, match=r"Expected .* in .*stack\.json, found.*; correct or remove it"):
+        load_stack(folder)
+
+
+# ---- files as people have them ----
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, stack_folder):
+    """A checkpoint in one file and motion modules, of SD1.5's layout at a small width; a folder with a vocabulary."""
+    folder = tmp_path_factory.mktemp("files")
+    save_file(values(original_checkpoint(**TINY)), folder / "model.safetensors")
+    save_file(values(original_motion(TINY["widths"])), folder / "motion.safetensors")
+    save_file({"lora_unet_mid_block.lora_down.weight": torch.ones(2, 2)}, folder / "lora.safetensors")
+    return folder
+
+
+def test_a_stack_of_files(files, monkeypatch):
+    monkeypatch.setattr("avdm2_nodes.files.stack.clip_tokenizer", lambda folder: ("tokenizer of", folder))
+    stack = load_stack(files / "model.safetensors", files / "motion.safetensors", tokenizer=files)
+    assert stack.tokenizer == ("tokenizer of", files) and stack.frames == 16 and stack.pixels == 8
+    text = torch.randn(2, 5, TINY["text"], generator=torch.Generator().manual_seed(0))
+    clip = torch.randn(1, 4, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert stack.teacher(clip, 10, text).sample.isfinite().all()
+    assert torch.equal(load_image_unet(files / "model.safetensors").conv_in.weight, stack.image_unet.conv_in.weight)
+
+
+def test_a_checkpoint_in_one_file_needs_motion_and_a_vocabulary(files, monkeypatch):
+    assert "neither a folder with vocab.json" in refusal(files / "model.safetensors") or find_spec("open_clip")
+    monkeypatch.setattr("avdm2_nodes.files.stack.clip_tokenizer", lambda folder: None)
+    assert "found none named" in refusal(files / "model.safetensors")
+
+
+def test_other_files_are_told_as_what_they_are(files, stack_folder):
+    assert "motion module" in refusal(files / "motion.safetensors", with_motion=False)
+    assert "LoRA" in refusal(stack_folder, files / "lora.safetensors")
+    assert "widths" in refusal(stack_folder, files / "motion.safetensors")

@@ -1,0 +1,1 @@
+"""What a run would take: operations and memory, counted without data."""

@@ -1,0 +1,1 @@
+"""What a distillation learns from: captioned clips, prepared or not."""

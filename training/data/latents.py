@@ -1,0 +1,107 @@
+"""Captioned clips in model space, as the training loop asks for them."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from avdm2_nodes.files.stack import Stack
+from training.data.cache import Cache, is_cache, space_of
+from training.data.clips import ClipFolder
+from training.run.config import DistillConfig
+from training.run.precision import autocast, lent
+
+_TEXTS = 1024  # embeddings kept in memory: of SD1.5 a quarter of a gigabyte
+
+
+class Encoder:
+    """Takes clips and captions into a stack's model space.
+
+    Each is encoded alone: the last bits of a batch's result may depend on its size, and a resumed run meets other batches.
+    """
+
+    def __init__(self, stack: Stack, device: torch.device, precision: str = "auto"):
+        self.stack, self.device, self.precision = stack, device, precision
+        self.text = lru_cache(_TEXTS)(self._text)
+
+    def clip(self, frames: Tensor) -> Tensor:
+        """(F, H, W, 3) uint8 -> (C, F, h, w) float32 on the CPU."""
+        with lent(self.device, self.stack.vae), autocast(self.device, self.precision):
+            return self.stack.encode_clips(frames[None])[0].cpu()
+
+    def _text(self, caption: str) -> Tensor:
+        """(L, D) float32 on the CPU."""
+        with lent(self.device, self.stack.text_encoder):
+            return self.stack.encode_text([caption])[0].float().cpu()
+
+
+class EncodedClips:
+    """Clips of videos in model space, encoded when they are first asked for and kept in memory from then on.
+
+    Until all of them are, VAE and text encoder stay on the device.
+    """
+
+    def __init__(self, clips: ClipFolder, encoder: Encoder):
+        self.clips, self.encoder, self.captions = clips, encoder, clips.captions
+        self._latents: dict[int, Tensor] = {}
+        self._place_encoders(encoder.device)
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """(clip (C, F, h, w), text embedding (L, D)), float32 on the CPU. VideoError if its file went bad meanwhile."""
+        if index not in self._latents:
+            self._latents[index] = self.encoder.clip(self.clips.read(index))
+            if len(self._latents) == len(self.captions):
+                self._place_encoders(torch.device("cpu"))
+        return self._latents[index], self.encoder.text(self.captions[index])
+
+    def _place_encoders(self, device: torch.device) -> None:
+        for part in (self.encoder.stack.vae, self.encoder.stack.text_encoder):
+            part.to(device)
+
+
+class Prompts:
+    """Captions alone, for losses that look at no clip but the student's: in place of a clip there are zeros."""
+
+    def __init__(self, captions: list[str], shape: Sequence[int], encoder: Encoder):
+        self.captions, self.encoder, self.clip = captions, encoder, torch.zeros(*shape)
+        encoder.stack.text_encoder.to(encoder.device)
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """(zeros (C, F, h, w), text embedding (L, D)), float32 on the CPU."""
+        return self.clip, self.encoder.text(self.captions[index])
+
+
+class LatentClips:
+    """Batches of captioned clips in model space on a device, from videos, from a cache, or of captions alone."""
+
+    def __init__(self, source: EncodedClips | Cache | Prompts, encoder: Encoder):
+        self.source, self.encoder = source, encoder
+
+    def __len__(self) -> int:
+        return len(self.source.captions)
+
+    @property
+    def captions(self) -> list[str]:
+        return self.source.captions
+
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """(clips (B, C, F, h, w), text embeddings (B, L, D)) of some indices, float32, on the device."""
+        clips, texts = zip(*(self.source.read(i) for i in indices), strict=True)
+        return torch.stack(clips).to(self.encoder.device), torch.stack(texts).to(self.encoder.device)
+
+    def text(self, captions: list[str]) -> Tensor:
+        """(B, L, D) float32 embeddings of captions, on the device."""
+        return torch.stack([self.encoder.text(caption) for caption in captions]).to(self.encoder.device)
+
+
+def open_clips(config: DistillConfig, stack: Stack, device: torch.device) -> LatentClips:
+    """The clips that `data.folder` names: videos and tar shards are checked, and encoded as they are asked for; a cache is verified.
+
+    DataError for a folder that cannot be used, as `ClipFolder` and `Cache`.
+    """
+    data, encoder = config.data, Encoder(stack, device, config.run.precision)
+    if is_cache(data.folder):
+        return LatentClips(Cache(data.folder, space_of(stack, data)), encoder)
+    clips = ClipFolder(data.folder, data.frames, data.height, data.width, data.stride)
+    return LatentClips(EncodedClips(clips, encoder), encoder)

@@ -1,0 +1,1 @@
+"""The method: what learns, by which losses, in which order."""

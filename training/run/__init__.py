@@ -1,0 +1,1 @@
+"""How a run is held: settings, folder, checkpoints, processes, randomness, and what it takes."""

@@ -1,0 +1,454 @@
+"""The settings of a distillation: one YAML file, overlaid by the command line, checked before anything starts."""
+
+import argparse
+import difflib
+import os
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_FILE = ROOT / "training" / "configs" / "miniature.yaml"
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used; the message has one sentence for each problem, each on a line of its own."""
+
+
+def _absolute(path: Path) -> Path:
+    if path == Path():
+        raise ValueError("expected a path")
+    return Path(os.path.normpath(ROOT / path.expanduser()))
+
+
+def _portable(path: Path) -> str:
+    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
+
+
+# Absolute in use; a relative path starts at the repository's root, or at the working folder if the command line says it.
+ProjectPath = Annotated[Path, AfterValidator(_absolute), PlainSerializer(_portable)]
+Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+Timestep = Annotated[int, Field(ge=0, le=999)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    folder: ProjectPath = Field(Path("runs/miniature"), description="where everything that the run makes is written")
+    seed: int = Field(0, ge=0, description="seed of all randomness")
+    updates: int = Field(150, ge=0, description="updates of the student by distribution matching, after the warm-up")
+    batch: int = Field(8, ge=1, description="clips per update, over all processes and accumulation steps together")
+    accumulate: int = Field(1, ge=1, description="steps that a process cuts its part of a batch into, to save memory")
+    sample_every: int = Field(50, ge=1, description="updates between sample clips")
+    save_every: int = Field(25, ge=1, description="updates between checkpoints")
+    keep: int = Field(3, ge=1, description="newest checkpoints to keep")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null is torch's choice")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (CUDA if there, else the CPU), cpu, cuda, cuda:N"
+    )
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto", description="of the arithmetic; auto is bf16 autocast on CUDA and on CPUs with bf16 instructions, else float32"
+    )
+    optimiser: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        "adamw", description="AdamW of all that learns; in 8 bits, and paged out to the CPU's memory too, by bitsandbytes"
+    )
+    attached: bool = Field(
+        False, exclude=True, description="stop, with a checkpoint, when standard input ends: for programs that start this one"
+    )
+
+
+class DataConfig(Section):
+    folder: ProjectPath = Field(
+        Path("datasets/miniature"),
+        description="folder of captioned videos or of tar shards (or a pattern such as train-*.tar), or what prepare.py made of them",
+    )
+    frames: int = Field(8, ge=1, description="frames per clip")
+    height: int = Field(64, ge=8, multiple_of=8, description="height of a clip, pixels")
+    width: int = Field(64, ge=8, multiple_of=8, description="width of a clip, pixels")
+    stride: int = Field(1, ge=1, description="video frames from one frame of a clip to the next")
+    render: int | None = Field(
+        None, ge=1, description="clips of the miniature world to render into the folder if it is not there"
+    )
+    prompts: ProjectPath | None = Field(
+        None,
+        description="a text with a prompt a line, in place of data.folder: the teacher samples the clips that ADM takes for real",
+    )
+    clips: int = Field(256, ge=1, description="clips that the teacher samples of data.prompts")
+
+
+class ModelConfig(Section):
+    teacher: ProjectPath = Field(
+        Path("miniature"), description="a folder in the diffusers layout, or an SD1.5 checkpoint in one file"
+    )
+    motion: ProjectPath | None = Field(
+        None, description="motion modules, file or folder; null is those in the teacher's folder"
+    )
+    tokenizer: ProjectPath | None = Field(None, description="folder of CLIP's vocabulary, for a checkpoint in one file")
+    score_unet: ProjectPath | None = Field(None, description="2D UNet of the real score (the style); null is the teacher's own")
+    student: ProjectPath | None = Field(
+        None, description="finished student file that training goes on from; null begins with the teacher's weights"
+    )
+    train: Literal["all", "motion", "motion+lora", "style"] = Field(
+        "all", description="which weights of the student are trained; style: a LoRA on model.student, written as a style file"
+    )
+    lora_rank: int = Field(16, ge=1, description="rank of the adapters, where there are any")
+    share_base: bool = Field(False, description="all networks are adapters on one frozen base, to save memory")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice, to save memory")
+
+
+class StudentConfig(Section):
+    steps: tuple[Timestep, ...] = Field((999, 749, 499, 249), description="timesteps that it is sampled at, descending")
+    phased: bool = Field(True, description="a step's clips are judged at the noise of the next step and above only")
+    lr: float = Field(1e-5, gt=0, description="learning rate")
+    warmup: int = Field(10, ge=0, description="updates until the full learning rate")
+    ema: float = Field(0.97, ge=0, lt=1, description="decay of the averaged weights, per update")
+    betas: Betas = Field((0.9, 0.999), description="of its AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="of its AdamW")
+    clip: float = Field(1.0, gt=0, description="largest norm of a gradient, for the critics' too")
+
+
+class WarmupConfig(Section):
+    updates: int = Field(60, ge=0, description="updates before distribution matching: the critics learn, the student as below")
+    guidance: float = Field(
+        2.0, ge=1, description="CFG scale of the teacher that the student meanwhile learns to do without; 1 leaves it as it is"
+    )
+    substeps: int = Field(2, ge=1, description="steps of that teacher for one of the student's")
+    lr: float = Field(1e-4, gt=0, description="learning rate of the student meanwhile")
+    critics_from: int = Field(0, ge=0, description="updates of it before this one go without the critics")
+
+
+class SdmConfig(Section):
+    weight: float = Field(0.5, ge=0, description="of 2D score distribution matching in the student's loss; 0 leaves it out")
+    frames: int = Field(4, ge=1, description="random frames per clip that it looks at")
+    shared_noise: bool = Field(
+        False, description="frames of a clip get the same timestep and noise, so that they are moved alike"
+    )
+    guidance: float = Field(1.0, ge=0, description="CFG scale of the real score")
+    t_min: Timestep = Field(20, description="lowest timestep that it judges at")
+    t_max: Timestep = Field(980, description="highest; it leaves out the steps whose clips it could judge above it only")
+    lr: float = Field(5e-5, gt=0, description="learning rate of the fake score")
+    betas: Betas = Field((0.9, 0.999), description="of its AdamW")
+    updates_per_student: int = Field(2, ge=1, description="updates of the fake score per student update")
+
+
+class AdmConfig(Section):
+    weight: float = Field(0.1, ge=0, description="of adversarial distribution matching in the student's loss; 0 leaves it out")
+    t_min: Timestep = Field(20, description="lowest timestep that it judges at")
+    t_max: Timestep = Field(980, description="highest; it leaves out the steps whose clips it could judge above it only")
+    lr: float = Field(1e-3, gt=0, description="learning rate of the discriminator's heads")
+    betas: Betas = Field((0.0, 0.99), description="of its Adam")
+    updates_per_student: int = Field(2, ge=1, description="updates of the heads per student update")
+    r1_weight: float = Field(0.1, ge=0, description="of the approximate R1 penalty; 0 leaves it out")
+    r1_sigma: float = Field(0.1, gt=0, description="standard deviation of its perturbation")
+    start_update: int = Field(0, ge=0, description="student updates before this one go without ADM")
+
+
+class StyleConfig(Section):
+    name: str | None = Field(
+        None, min_length=1, description="of the style, in its file; null is the name of its model or folder"
+    )
+    images: ProjectPath | None = Field(
+        None, description="folder of images that show the style, in place of model.score_unet: an image model learns it first"
+    )
+    strength: float = Field(
+        1.0,
+        gt=0,
+        description="how much of what was learnt the file's strength 1 stands for; below 1, motion and prompt suffer less",
+    )
+    image_steps: int = Field(600, ge=1, description="steps of that image model, a LoRA on the teacher's own")
+    image_batch: int = Field(32, ge=1, description="images a step")
+    image_lr: float = Field(1e-3, gt=0, description="learning rate of that LoRA")
+
+
+class EvaluationConfig(Section):
+    world: Literal["miniature"] | None = Field(
+        None, description="world whose oracle measures the student; null: clips are shown, not measured"
+    )
+    clips: int = Field(128, ge=6, description="clips per row of the report, where there is an oracle")
+    teacher_steps: int = Field(25, ge=1, le=1000, description="steps of the teacher it is compared with")
+    teacher_guidance: float = Field(3.0, ge=0, description="CFG scale of that teacher")
+
+
+class DistillConfig(BaseSettings):
+    """Distil a video diffusion teacher into a few-step student."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    run: RunConfig = Field(RunConfig(), description="the run as a whole")
+    data: DataConfig = Field(DataConfig(), description="the clips that it learns from")
+    model: ModelConfig = Field(ModelConfig(), description="the networks")
+    student: StudentConfig = Field(StudentConfig(), description="the student and its optimiser")
+    sdm: SdmConfig = Field(SdmConfig(), description="2D score distribution matching")
+    adm: AdmConfig = Field(AdmConfig(), description="adversarial distribution matching")
+    warmup: WarmupConfig = Field(WarmupConfig(), description="what comes before distribution matching")
+    style: StyleConfig = Field(StyleConfig(), description="the style that model.train style gives a finished student")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="the report at the end")
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls, init_settings, **_):
+        return (init_settings,)  # no environment variables: a run is what its file and command line say
+
+    @model_validator(mode="after")
+    def _agree(self):
+        run, steps, problems = self.run, self.student.steps, []
+        if run.batch % run.accumulate:
+            problems.append(
+                f"run.batch: expected a multiple of run.accumulate ({run.accumulate}), found {run.batch}; change one."
+            )
+        if not steps:
+            problems.append("student.steps: expected at least one timestep, found none; name them.")
+        if any(a <= b for a, b in pairwise(steps)):
+            problems.append(f"student.steps: expected strictly descending timesteps, found {list(steps)}; reorder them.")
+        if run.updates + self.warmup.updates == 0:
+            problems.append(
+                "run.updates, warmup.updates: expected at least one above 0, found both 0; nothing would be learnt."
+            )
+        if self.sdm.weight == 0 and self.adm.weight == 0:
+            problems.append(
+                "sdm.weight, adm.weight: expected at least one above 0, found both 0; the student would learn nothing."
+            )
+        if self.sdm.frames > self.data.frames:
+            problems.append(
+                f"sdm.frames: expected at most data.frames ({self.data.frames}), found {self.sdm.frames}; lower it."
+            )
+        for name, part in (("sdm", self.sdm), ("adm", self.adm)):
+            if part.t_min >= part.t_max:
+                problems.append(
+                    f"{name}.t_min: expected less than {name}.t_max ({part.t_max}), found {part.t_min}; change one."
+                )
+        if self.model.share_base and self.model.train == "all":
+            problems.append(
+                "model.share_base: expected false where model.train is all, found true; a base that all share stays frozen, "
+                "so train motion+lora or motion."
+            )
+        model, images = self.model, self.style.images
+        if model.train == "style" and model.student is None:
+            problems.append(
+                "model.student: expected a student file where model.train is style, found null; name the student to be restyled."
+            )
+        if model.train == "style" and (model.score_unet is None) == (images is None):
+            found = "neither" if images is None else "both"
+            problems.append(
+                f"model.score_unet, style.images: expected one of them where model.train is style, found {found}; "
+                "name an image model of the style, or a folder of images that show it."
+            )
+        if model.train != "style" and images is not None:
+            problems.append(
+                f"style.images: expected null where model.train is {model.train}, found {_portable(images)}; set model.train style."
+            )
+        if self.adm.weight > 0 and self.sdm.weight == 0 and self.adm.start_update > 0:
+            problems.append(
+                f"adm.start_update: expected 0 where sdm.weight is 0, found {self.adm.start_update}; "
+                "the updates before it would have no loss."
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+# What may change between a run and its resumption: it bears on where, how long and how fast, not on what is learnt.
+RESUMABLE_CHANGES = frozenset(
+    {
+        "run.folder", "run.updates", "run.accumulate", "run.sample_every", "run.save_every", "run.keep", "run.threads", "run.device",
+        "data.render", "model.gradient_checkpointing",
+        "evaluation.world", "evaluation.clips", "evaluation.teacher_steps", "evaluation.teacher_guidance",
+    }
+)  # fmt: skip
+
+
+def load_config(argv: list[str] | None = None) -> DistillConfig:
+    """The settings of `--config FILE` (default: the miniature's) overlaid by `--section.key value` (default: sys.argv).
+
+    A list is written 999,499 and the absence of a value null. `--help` prints every setting and exits. ConfigError for a file
+    that cannot be read, an unknown key (the nearest is suggested) or a wrong value, naming all of them at once.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--config FILE] [--section.key VALUE ...]",
+        description=DistillConfig.__doc__,
+        epilog="The defaults above hold where FILE says nothing.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    file_help = f"YAML file of settings to start from (default: {_portable(DEFAULT_FILE)})"
+    parser.add_argument("--config", metavar="FILE", type=Path, help=file_help)
+    file = _check_arguments(argv)
+    try:
+        said = CliSettingsSource(
+            DistillConfig,
+            root_parser=parser,
+            cli_parse_args=argv,
+            cli_parse_none_str="null",
+            cli_avoid_json=True,
+            cli_hide_none_type=True,
+        )()
+    except (argparse.ArgumentError, SettingsError) as error:
+        raise ConfigError(f"Command line: {str(error).rstrip('.')}; correct it, or see --help.") from error
+    for section, key in _paths():
+        if isinstance(path := said.get(section, {}).get(key), str):
+            said[section][key] = os.path.abspath(os.path.expanduser(path))
+    return _validated(_overlay(_read_yaml(file), said), str(file), _flat(said))
+
+
+def to_yaml(config: DistillConfig) -> str:
+    """Every setting as YAML; paths inside the repository are relative to its root, so the text can move with it."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def from_yaml(text: str, name: str = "the settings") -> DistillConfig:
+    """The settings that a text in YAML says, defaults for the rest; ConfigError (which says `name`) as `load_config`."""
+    return _validated(_parse_yaml(text, name), name)
+
+
+def training_changes(earlier: str, config: DistillConfig) -> list[str]:
+    """What differs between an earlier run's `to_yaml` and `config`, of what bears on training: "sdm.weight 0.5, was 1.0".
+
+    A setting that the earlier run did not know has its default there: a new one leaves earlier runs as they were.
+    """
+    defaults, now = (_flat(c.model_dump(mode="json")) for c in (DistillConfig(), config))
+    was = defaults | _flat(_parse_yaml(earlier, "the earlier settings"))
+    keys = [key for key in now | was if key not in RESUMABLE_CHANGES and was.get(key) != now.get(key)]
+    return [f"{key} {_said(now.get(key))}, was {_said(was.get(key))}" for key in keys]
+
+
+# ---- reading ----
+
+
+def _check_arguments(argv: list[str]) -> Path:
+    """The `--config` file of a command line, once its keys are known to be valid: argparse would exit without a suggestion."""
+    file = DEFAULT_FILE
+    if "-h" in argv or "--help" in argv:
+        return file
+    tokens = iter(argv)
+    for token in tokens:
+        if not token.startswith("--"):
+            raise ConfigError(f"Command line: expected --section.key value, found {token!r}; see --help.")
+        key, equals, value = token[2:].partition("=")
+        if key != "config" and key not in _KEYS:
+            raise ConfigError(f"Command line: unknown setting --{key}; the nearest is --{_nearest(key, _KEYS)}, see --help.")
+        if not equals:
+            value = next(tokens, "")
+        if not value or value.startswith("--"):
+            raise ConfigError(
+                f"Command line: expected a value after --{key}, found {value or 'nothing'}; give one or leave it out."
+            )
+        if key == "config":
+            file = Path(value).expanduser()
+    return file
+
+
+def _read_yaml(file: Path) -> dict:
+    try:
+        return _parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"Expected a YAML file of settings at {file}, found: {cause}; give another after --config."
+        ) from error
+
+
+def _parse_yaml(text: str, name: str) -> dict:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Expected YAML in {name}, found: {' '.join(str(error).split())}; correct it.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"Expected sections of settings in {name}, found {_said(values)}; see training/configs for an example."
+        )
+    # A section whose every line is commented out reads as null.
+    return {str(key): {} if value is None and key in DistillConfig.model_fields else value for key, value in values.items()}
+
+
+def _overlay(below: dict, above: dict) -> dict:
+    """A new dict: `above` wins, sections are merged."""
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = _overlay(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def _validated(values: dict, name: str, on_command_line=()) -> DistillConfig:
+    try:
+        return DistillConfig.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            if not problem["loc"]:
+                lines += str(problem["ctx"]["error"]).splitlines()  # of _agree, sentences already
+            else:
+                lines.append(_sentence(problem, name, on_command_line))
+        raise ConfigError("\n".join(lines)) from error
+
+
+# pydantic's words, in the form of the house.
+_WORDING = {
+    "Value error, ": "",
+    "Input should be": "expected",
+    "expected greater": "expected a value greater",
+    "expected less": "expected a value less",
+    "Tuple should have": "expected",
+    " after validation": "",
+    "String should match pattern": "expected text of the pattern",
+    "Input is not a valid path for <class 'pathlib.Path'>": "expected a path",
+    "Field required": "expected one more value",
+}
+
+
+def _sentence(problem: dict, name: str, on_command_line) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    place = "command line" if any(key == said or key.startswith(f"{said}.") for said in on_command_line) else name
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: unknown setting {key}; the nearest is {_nearest(key, [*_KEYS, *DistillConfig.model_fields])}."
+    if problem["type"].startswith("model_"):
+        return f"{place}: {key}: expected a section with keys, found {_said(problem['input'])}; see --help."
+    expected = problem["msg"]
+    for theirs, ours in _WORDING.items():
+        expected = expected.replace(theirs, ours)
+    return f"{place}: {key}: {expected}, found {_said(problem['input'])}; change it."
+
+
+def _nearest(key: str, valid_keys: list[str]) -> str:
+    """The valid key whose whole or last part is most like that of `key`."""
+
+    def likeness(valid: str) -> float:
+        parts = difflib.SequenceMatcher(None, key.rpartition(".")[2], valid.rpartition(".")[2]).ratio()
+        return parts + difflib.SequenceMatcher(None, key, valid).ratio()
+
+    return max(valid_keys, key=likeness)
+
+
+def _said(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _fields():
+    """Yields (section or "", key, field) of every setting."""
+    for name, field in DistillConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from ((name, key, inner) for key, inner in field.annotation.model_fields.items())
+        else:
+            yield "", name, field
+
+
+def _paths() -> list[tuple[str, str]]:
+    return [(section, key) for section, key, field in _fields() if "Path" in str(field.annotation)]
+
+
+_KEYS = [f"{section}.{key}".lstrip(".") for section, key, _ in _fields()]
