@@ -11,7 +11,9 @@ from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch import Tensor
 
 from avdm2_nodes.diffusion.schedules import trailing_timesteps
-from avdm2_nodes.files.student import Student, StudentInfo, unet_config
+from avdm2_nodes.files.architecture import unet_config
+from avdm2_nodes.files.student import Student
+from avdm2_nodes.files.student_info import StudentInfo
 
 
 def why_not() -> str | None:

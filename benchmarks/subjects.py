@@ -22,7 +22,8 @@ from avdm2_nodes.diffusion.samplers import ddim_scheduler, draw_noise
 from avdm2_nodes.diffusion.schedules import VIDEO, trailing_timesteps
 from avdm2_nodes.diffusion.unets import video_predictor, without_waste
 from avdm2_nodes.files.stack import Stack, decode_clips, load_stack
-from avdm2_nodes.files.student import read_student, student_unet
+from avdm2_nodes.files.student import read_student
+from avdm2_nodes.files.student_unet import student_unet
 from benchmarks import nodes
 from benchmarks.cost import SD15_UNET, SD15_VAE, STUDENT_STEPS, TEACHER_STEPS
 from training.cost.operations import TOKENS

@@ -21,24 +21,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from avdm2_nodes.diffusion.style import StyleError, add_change
 from avdm2_nodes.diffusion.unets import Predictor, video_predictor
+from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.stack import Stack, StackError, load_image_unet, load_stack
-from avdm2_nodes.files.student import (
-    Student,
-    StudentFileError,
-    StudentInfo,
-    read_student,
-    student_unet,
-    weights_hash,
-    write_student,
-)
-from avdm2_nodes.files.style import (
-    StyleFileError,
-    StyleInfo,
-    lora_change,
-    read_style,
-    student_hash,
-    write_style,
-)
+from avdm2_nodes.files.student import Student, read_student, write_student
+from avdm2_nodes.files.student_info import StudentFileError, StudentInfo
+from avdm2_nodes.files.student_unet import student_unet
+from avdm2_nodes.files.style import StyleFileError, StyleInfo, lora_change, read_style, student_hash, write_style
 from training.data.clips import DataError, needs_clips, write_clips
 from training.data.latents import Encoder, LatentClips, open_clips
 from training.data.teacher_clips import clips_for_prompts

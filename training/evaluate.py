@@ -27,12 +27,16 @@ from datetime import UTC, datetime
 import numpy as np
 import torch
 
+from avdm2_nodes.diffusion.samplers import student_timesteps
 from avdm2_nodes.diffusion.schedules import trailing_timesteps
 from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.files.containers import FileFormatError
+from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.peers import is_peer, load_peer
-from avdm2_nodes.files.recognise import FileFormatError
 from avdm2_nodes.files.stack import Stack, load_stack
-from avdm2_nodes.files.student import Student, StudentInfo, read_student, student_timesteps, student_unet, weights_hash
+from avdm2_nodes.files.student import Student, read_student
+from avdm2_nodes.files.student_info import StudentInfo
+from avdm2_nodes.files.student_unet import student_unet
 from training.data.clips import ClipFolder
 from training.distill import EXPECTED_ERRORS, distil, feature_net
 from training.evaluation.backbones import BackboneError, add_arguments, load_networks

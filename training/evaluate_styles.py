@@ -32,8 +32,11 @@ from avdm2_nodes.diffusion.samplers import sample_student, sample_teacher
 from avdm2_nodes.diffusion.schedules import IMAGE
 from avdm2_nodes.diffusion.style import StyleError, add_change, style_change
 from avdm2_nodes.diffusion.unets import Predictor, image_predictor, video_predictor, video_unet
+from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.stack import Stack, load_image_unet, load_stack
-from avdm2_nodes.files.student import Student, StudentInfo, read_student, student_unet, weights_hash
+from avdm2_nodes.files.student import Student, read_student
+from avdm2_nodes.files.student_info import StudentInfo
+from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import StyleFileError, lora_change, read_style, require_student
 from training.distill import EXPECTED_ERRORS, feature_net
 from training.evaluate import Table, insert

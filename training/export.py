@@ -8,10 +8,11 @@ if __name__ == "__main__":
 
 import argparse
 
+from avdm2_nodes.files.containers import FileFormatError
 from avdm2_nodes.files.interchange import export_animatediff, export_diffusers
-from avdm2_nodes.files.recognise import FileFormatError
 from avdm2_nodes.files.stack import StackError, load_stack
-from avdm2_nodes.files.student import StudentFileError, read_student
+from avdm2_nodes.files.student import read_student
+from avdm2_nodes.files.student_info import StudentFileError
 from training.run import console
 from training.run.config import ROOT
 

@@ -31,8 +31,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.stack import Stack, load_stack
-from avdm2_nodes.files.student import weights_hash
 from training.data.cache import LatentClip, Maker, Unusable, is_cache, space_of, write_cache
 from training.data.clips import ClipFolder, DataError, Entry, needs_clips
 from training.data.latents import Encoder

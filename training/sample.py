@@ -18,15 +18,26 @@ from tqdm import tqdm
 
 from avdm2_nodes.diffusion.guidance import in_turn, pull_generators, pulled
 from avdm2_nodes.diffusion.precision import decoding_dtype, sampling_dtype
-from avdm2_nodes.diffusion.samplers import Callback, Chain, Generators, Refine, draw_noise, sample_student, sample_teacher
+from avdm2_nodes.diffusion.samplers import (
+    Callback,
+    Chain,
+    Generators,
+    Refine,
+    draw_noise,
+    sample_student,
+    sample_teacher,
+    student_timesteps,
+)
 from avdm2_nodes.diffusion.schedules import TRAIN_TIMESTEPS
 from avdm2_nodes.diffusion.style import StyleChange, StyleError, add_change, require_same_family
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor
 from avdm2_nodes.diffusion.windows import ANIMATEDIFF_FRAMES, windowed
+from avdm2_nodes.files.containers import FileFormatError
 from avdm2_nodes.files.peers import is_peer, load_peer
-from avdm2_nodes.files.recognise import FileFormatError
 from avdm2_nodes.files.stack import Stack, StackError, load_image_unet, load_stack
-from avdm2_nodes.files.student import Student, StudentFileError, read_student, student_timesteps, student_unet
+from avdm2_nodes.files.student import Student, read_student
+from avdm2_nodes.files.student_info import StudentFileError
+from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import StyleFileError, is_style, lora_change, read_style, require_student
 from avdm2_nodes.files.taesd import load_taesd_file
 from training.data.video import VideoError, write_video

@@ -17,9 +17,12 @@ from torch import Tensor
 from ..diffusion.unets import Predictor, image_predictor, video_predictor, video_unet
 from ..diffusion.windows import ANIMATEDIFF_FRAMES, windowed
 from ..files import student as student_file
+from ..files import student_unet as student_network
+from ..files.hashes import weights_hash
 from ..files.peers import is_peer, load_peer, lora_beside
 from ..files.recognise import require
 from ..files.stack import load_image_unet, load_motion, load_stack
+from ..files.student_info import StyleUse
 from . import folders, memory, native
 from .progress import interruptible
 from .text import StackCLIP
@@ -69,7 +72,7 @@ class Guide:
 class Change:
     """A style that is in a student's weights."""
 
-    use: student_file.StyleUse
+    use: StyleUse
     tensors: Callable[[], dict[str, Tensor]] = field(repr=False)  # what is added to its weights at strength 1, by their names
 
 
@@ -111,7 +114,7 @@ def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None
         name=checkpoint,
         patcher=memory.unet_patcher(video_unet(base, adapter), latent_format),
         architecture=architecture,
-        base_hash=student_file.weights_hash(base),
+        base_hash=weights_hash(base),
         empty_text=clip.encode_from_tokens_scheduled(clip.tokenize(""))[0][0].float().cpu(),
         frames=min(frames, adapter.config.motion_max_seq_length),
         image_unet=image_unet,
@@ -159,15 +162,15 @@ def load_student(name: str, teacher: Teacher) -> Student:
         read = load_peer(path, teacher.architecture, folders.lora_file(lora_beside(path)))
     else:
         read = student_file.read_student(path)
-    student_file.require_base(read, teacher.architecture, teacher.base_hash)
+    student_network.require_base(read, teacher.architecture, teacher.base_hash)
     if not _same_motion(read, teacher):
-        unet = student_file.student_unet(read, teacher.image_unet())
+        unet = student_network.student_unet(read, teacher.image_unet())
         return Student(read, memory.unet_patcher(unet, teacher.latent_format), teacher)
     patcher = teacher.patcher.clone()
     patches = weight_patches(read.tensors, read.info.lora_alpha)
     patcher.add_patches({f"diffusion_model.{key}": patch for key, patch in patches.items()})
     dtype = patcher.model.get_dtype()
-    for key, positions in student_file.positions(read).items():  # buffers, which weight patches do not reach
+    for key, positions in student_network.positions(read).items():  # buffers, which weight patches do not reach
         patcher.add_object_patch(f"diffusion_model.{key}", positions.to(dtype))
     return Student(read, patcher, teacher)
 

@@ -3,8 +3,7 @@
 import torch
 
 from ..diffusion.guidance import in_turn, pull_generators, pulled
-from ..diffusion.samplers import begin, ddim_scheduler, draw_noise, sample_student, sample_teacher
-from ..files.student import student_timesteps
+from ..diffusion.samplers import begin, ddim_scheduler, draw_noise, sample_student, sample_teacher, student_timesteps
 from .latents import evaluation_shape, frame_index, from_clip, to_clip
 from .models import Student, Teacher, loaded_predictors
 from .progress import sampling_callback

@@ -6,6 +6,8 @@ from pathlib import Path
 from ..diffusion.style import add_change
 from ..files import student as student_file
 from ..files.interchange import export_animatediff
+from ..files.student_info import StudentFileError
+from ..files.student_unet import student_unet
 from . import folders
 from .models import Student
 
@@ -17,7 +19,7 @@ def save_student(student: Student, name: str) -> Path:
     """
     path = student_file.student_path(folders.saving_folder(folders.STUDENTS), name)
     if path.exists():
-        raise student_file.StudentFileError(f"Expected a new name, found {path.name} there already; choose another name.")
+        raise StudentFileError(f"Expected a new name, found {path.name} there already; choose another name.")
     whole = as_one_file(student)
     path.parent.mkdir(parents=True, exist_ok=True)
     student_file.write_student(path, whole.tensors, whole.info)
@@ -28,7 +30,7 @@ def export_student(student: Student, name: str) -> list[Path]:
     """Writes a student where other packs find AnimateDiff's motion modules and LoRA; the paths. Errors as `export_animatediff`."""
     require_no_guide(student)
     if student.changes:
-        raise student_file.StudentFileError(
+        raise StudentFileError(
             f"Expected a student without styles for AnimateDiff files, found one with {_names(student.changes)} in its weights, "
             "which these formats have no place for; save it as a student file."
         )
@@ -43,7 +45,7 @@ def as_one_file(student: Student) -> student_file.Student:
     require_no_guide(student)
     if not student.changes:
         return student.file
-    unet = student_file.student_unet(student.file, student.teacher.image_unet())
+    unet = student_unet(student.file, student.teacher.image_unet())
     for change in student.changes:
         add_change(unet, change.tensors(), change.use.strength)
     info = student.file.info
@@ -55,7 +57,7 @@ def as_one_file(student: Student) -> student_file.Student:
 
 def require_no_guide(student: Student) -> None:
     if student.guides:
-        raise student_file.StudentFileError(
+        raise StudentFileError(
             f"Expected styles that are in the student's weights, found {_names(student.guides)}, which guides the sampling and which "
             "no file can hold; use the mode transplant or a style file, or wire the student from before the Style Transfer."
         )

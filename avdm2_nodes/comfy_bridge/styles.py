@@ -9,8 +9,9 @@ from comfy.model_patcher import ModelPatcher
 from diffusers import UNet2DConditionModel
 
 from ..diffusion.style import require_same_family, style_change
+from ..files.hashes import weights_hash
 from ..files.stack import load_image_unet
-from ..files.student import StyleUse, weights_hash
+from ..files.student_info import StyleUse
 from ..files.style import lora_change, read_style, require_student
 from . import folders, memory, native
 from .models import Change, Guide, Student, Teacher, checkpoint_unet, weight_patches

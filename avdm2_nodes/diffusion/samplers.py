@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from .schedules import TRAIN_TIMESTEPS, VIDEO, Schedule
+from .schedules import TRAIN_TIMESTEPS, VIDEO, Schedule, lcm_timesteps, trailing_timesteps
 from .unets import Predictor, guided
 
 Chain = Literal["renoise", "euler", "lcm"]  # how a few-step chain goes on from an x0
@@ -80,6 +80,16 @@ def sample_student(
                 eps = draw_noise(x0.shape, generator, x0.device, index)
             x_t = VIDEO.diffuse(x0, eps, timesteps[i + 1])
     return x0
+
+
+def student_timesteps(own: Sequence[int], steps: int, chain: Chain = "renoise") -> list[int]:
+    """The timesteps of a student in `steps` evaluations: its own where it has as many, else evenly spaced at the trailing ends.
+
+    ValueError for a number outside 1..1000, of a latent consistency model 1..100.
+    """
+    if steps == len(own):
+        return list(own)
+    return lcm_timesteps(steps) if chain == "lcm" else trailing_timesteps(steps)
 
 
 def boundary_scaling(t: int, sigma_data: float = 0.5, timestep_scaling: float = 10.0) -> tuple[float, float]:

@@ -8,10 +8,13 @@ from diffusers import EulerDiscreteScheduler, LCMScheduler
 from torch import nn
 
 from ..diffusion.schedules import VIDEO
+from .containers import SUFFIX
+from .lora import export_lora_file, lora_layers
 from .motion import HEADS_KEY, export_motion_file
-from .sd15 import export_lora_file, lora_layers
 from .stack import Stack
-from .student import SUFFIX, Student, StudentFileError, StudentInfo, positions, student_path, student_unet
+from .student import Student, student_path
+from .student_info import StudentFileError, StudentInfo
+from .student_unet import positions, student_unet
 
 
 def export_animatediff(student: Student, folder: Path, name: str, lora_folder: Path | None = None) -> list[Path]:

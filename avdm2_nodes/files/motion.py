@@ -14,7 +14,8 @@ from diffusers import MotionAdapter
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor
 
-from .recognise import FileFormatError, motion_widths, read_layout, read_tensors, require, write_tensors
+from .containers import FileFormatError, read_layout, read_tensors, write_tensors
+from .recognise import motion_widths, require
 
 _KINDS = ("motion-v1", "motion-v2", "motion-v3", "motion-animatelcm")
 _ANIMATELCM_FRAMES = 64  # it keeps no position encoding; AnimateDiff-Evolved takes this length

@@ -17,10 +17,13 @@ from torch.nn.functional import pad
 from ..diffusion.schedules import lcm_timesteps, trailing_timesteps
 from ..diffusion.unets import require_matching_motion
 from ..diffusion.windows import ANIMATEDIFF_FRAMES
+from .architecture import unet_config
+from .containers import FileFormatError, read_layout
+from .lora import Layer, load_lora_file
 from .motion import load_motion_file
-from .recognise import FileFormatError, read_layout, recognise, require
-from .sd15 import Layer, load_lora_file
-from .student import ANY_BASE, Student, StudentInfo, unet_config
+from .recognise import recognise, require
+from .student import Student
+from .student_info import ANY_BASE, StudentInfo
 
 _LIGHTNING, _ANIMATELCM = "motion-v2", "motion-animatelcm"
 _STEPS_IN_NAME = re.compile(r"(\d+)[-_ ]?steps?(?![a-z])", re.IGNORECASE)

@@ -1,31 +1,22 @@
-"""SD1.5 checkpoints in one file, LoRA files, and CLIP's tokenizer: what a stack of the real size is made from without a hub.
+"""An SD1.5 checkpoint in one file: image UNet, VAE and text encoder without a hub.
 
-The original names are those of CompVis' latent diffusion (github.com/CompVis/stable-diffusion), which single files have and ComfyUI
-reads; LoRA files have kohya-ss' names, which ComfyUI and diffusers both read.
+Its original names are those of CompVis' latent diffusion (github.com/CompVis/stable-diffusion), which ComfyUI reads.
 """
 
-import gzip
-import importlib.util
-import json
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from .recognise import FileFormatError, read_tensors, require, write_tensors
-
-Layer = tuple[Tensor, Tensor, float]  # LoRA (arXiv 2106.09685): down (rank, in, ...), up (out, rank, ...), alpha
+from .containers import FileFormatError, read_tensors
+from .recognise import require
 
 _UNET, _VAE, _TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 _BLOCKS, _LAYERS, _HEADS, _GROUPS = 4, 2, 8, 32  # of SD1.5's UNet; the autoencoder has as many blocks and layers
 _CLIP_HEAD_WIDTH = 64
-_CLIP_TOKENS = 49408
-_CLIP_LENGTH = 77
 
 
 def load_sd15_file(path: Path) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
@@ -59,89 +50,6 @@ def unet_to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {theirs: original for original, theirs in _unet_names().items()}
     spatial = {key: tensor for key, tensor in state.items() if "motion_modules." not in key}
     return {_UNET + key: tensor for key, tensor in _renamed(spatial, names).items()}
-
-
-def lora_layers(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Layer]:
-    """The LoRA layers among a student's tensors, by module: `<module>.lora_A.weight` is down, `<module>.lora_B.weight` up."""
-    down = ".lora_A.weight"
-    modules = [key.removesuffix(down) for key in tensors if key.endswith(down)]
-    return {module: (tensors[module + down], tensors[f"{module}.lora_B.weight"], alpha) for module in modules}
-
-
-def lora_keys(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    """LoRA layers by module of diffusers' UNet -> tensors under kohya's names; W + alpha / rank * up down in both."""
-    named = {}
-    for module, (down, up, alpha) in layers.items():
-        name = "lora_unet_" + module.replace(".", "_")
-        named |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(float(alpha))}
-    return named
-
-
-def export_lora_file(
-    path: Path, layers: Mapping[str, Layer], metadata: Mapping[str, str], dtype: torch.dtype = torch.float16
-) -> None:
-    """Writes LoRA layers of an SD1.5 UNet, `lora_layers` of a student, as a LoRA file for ComfyUI and diffusers.
-
-    FileFormatError for no layers, and where nothing can be written.
-    """
-    if not layers:
-        raise FileFormatError(f"Expected LoRA layers for {path}, found none; export a student that was trained with LoRA.")
-    write_tensors(
-        path,
-        {key: tensor if key.endswith(".alpha") else tensor.to(dtype) for key, tensor in lora_keys(layers).items()},
-        metadata,
-    )
-
-
-def load_lora_file(path: Path, modules: Iterable[str]) -> dict[str, Layer]:
-    """The LoRA layers in a file with kohya's names, by module of diffusers' UNet; the inverse of `export_lora_file`.
-
-    `modules` are the UNet's. FileFormatError for a file that is something else or has layers of another network, as those of a text
-    encoder are.
-    """
-    path = Path(path)
-    require(path, ("lora",), "a LoRA for SD1.5")
-    tensors = read_tensors(path)
-    down, names = ".lora_down.weight", {"lora_unet_" + module.replace(".", "_"): module for module in modules}
-    layers = {}
-    for key in [key for key in tensors if key.endswith(down)]:
-        name = key.removesuffix(down)
-        alpha = tensors.pop(f"{name}.alpha", torch.tensor(float(len(tensors[key]))))  # without one, the rank
-        up = tensors.get(f"{name}.lora_up.weight")
-        if name in names and up is not None:
-            layers[names[name]] = tensors.pop(key), tensors.pop(f"{name}.lora_up.weight"), alpha.item()
-    if tensors or not layers:
-        found = f"{len(tensors)} others (such as {min(tensors)})" if tensors else "none"
-        raise FileFormatError(
-            f"Expected LoRA layers of SD1.5's UNet with kohya's names in {path}, found {found}; choose another."
-        )
-    return layers
-
-
-def clip_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
-    """CLIP's tokenizer (arXiv 2103.00020) as SD1.5 uses it: 49,408 tokens, prompts of 77, padded with the end token.
-
-    From `folder`, which holds vocab.json and merges.txt, else from the vocabulary in the installed package open_clip.
-    FileFormatError where there is neither, or the vocabulary is another.
-    """
-    if folder is not None:
-        missing = [name for name in ("vocab.json", "merges.txt") if not (Path(folder) / name).is_file()]
-        if missing:
-            raise FileFormatError(
-                f"Expected CLIP's vocabulary (vocab.json and merges.txt) in {folder}, found no {missing[0]}; name another folder."
-            )
-        return _tokenizer(Path(folder))
-    package = importlib.util.find_spec("open_clip")
-    places = package.submodule_search_locations or [] if package else []
-    packed = next((p for p in (Path(place) / "bpe_simple_vocab_16e6.txt.gz" for place in places) if p.is_file()), None)
-    if packed is None:
-        raise FileFormatError(
-            "Expected CLIP's vocabulary, which a checkpoint in one file does not hold, found neither a folder with vocab.json and "
-            "merges.txt nor the package open_clip; name such a folder or run: pip install open_clip_torch."
-        )
-    with tempfile.TemporaryDirectory() as unpacked:
-        _unpack_vocabulary(packed, Path(unpacked))
-        return _tokenizer(Path(unpacked), packed)
 
 
 # ---- names ----
@@ -312,34 +220,3 @@ def _loaded(tensors: dict[str, Tensor], new: Callable[[Mapping[str, Tensor]], nn
     # Copies, so that the module does not hang on the file.
     module.load_state_dict({prefix + key: tensors[key].to(torch.float32, copy=True) for key in expected}, assign=True)
     return module.eval().requires_grad_(False)
-
-
-# ---- the tokenizer ----
-
-
-def _unpack_vocabulary(packed: Path, folder: Path) -> None:
-    """Writes vocab.json and merges.txt from CLIP's list of merges: every byte, every byte at a word's end, each merge, start and end."""
-    merges = gzip.decompress(packed.read_bytes()).decode().split("\n")[1:]
-    merges = merges[: _CLIP_TOKENS - 2 * 256 - 2]  # the list goes on: CLIP took this many
-    letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-
-
-def _tokenizer(folder: Path, source: Path | None = None) -> CLIPTokenizer:
-    end = "<|endoftext|>"
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(
-            folder, local_files_only=True, model_max_length=_CLIP_LENGTH, bos_token="<|startoftext|>",
-            eos_token=end, unk_token=end, pad_token=end,
-        )  # fmt: skip
-        found = f"one of {len(tokenizer)} tokens, the end at {tokenizer.eos_token_id}"
-    except Exception as error:  # transformers and tokenizers raise a dozen kinds for one cause
-        tokenizer, found = None, (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    if tokenizer is None or len(tokenizer) != _CLIP_TOKENS or tokenizer.eos_token_id != _CLIP_TOKENS - 1:
-        raise FileFormatError(
-            f"Expected CLIP's vocabulary of {_CLIP_TOKENS} tokens in {source or folder}, found {found}; name another folder."
-        )
-    return tokenizer

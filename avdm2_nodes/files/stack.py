@@ -12,8 +12,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..diffusion.unets import require_matching_motion, video_unet
 from ..diffusion.windows import ANIMATEDIFF_FRAMES
+from .clip import clip_tokenizer
 from .motion import load_motion_file
-from .sd15 import clip_tokenizer, load_sd15_file
+from .sd15 import load_sd15_file
 
 
 class StackError(ValueError):
@@ -109,7 +110,7 @@ def load_stack(path: Path, motion: Path | None = None, with_motion: bool = True,
     """Loads a stack: a folder in the diffusers layout, or an SD1.5 checkpoint in one file.
 
     `motion` names a motion adapter's folder or a file of motion modules, which a checkpoint in one file needs; `tokenizer` a folder
-    with CLIP's vocabulary for it (else `sd15_file.clip_tokenizer`'s). Raises StackError, naming what is missing or wrong.
+    with CLIP's vocabulary for it (else `clip.clip_tokenizer`'s). Raises StackError, naming what is missing or wrong.
     """
     path = Path(path)
     if path.is_file():
@@ -180,7 +181,7 @@ def load_image_unet(path: Path) -> UNet2DConditionModel:
 
 
 def load_motion(path: Path) -> MotionAdapter:
-    """Motion modules, float32 and frozen: a diffusers folder, or a file as people have them (`motion_file.load_motion_file`)."""
+    """Motion modules, float32 and frozen: a diffusers folder, or a file as people have them (`motion.load_motion_file`)."""
     path = Path(path)
     return _told(load_motion_file, path) if path.is_file() else _frozen(_load(MotionAdapter, path))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny
 
-from .recognise import FileFormatError, read_tensors
+from .containers import FileFormatError, read_tensors
 
 _ORIGINAL = re.compile(r"(?:taesd_decoder\.|decoder\.)?(\d+)\.(.+)")  # its own name, or ComfyUI's in a file of both halves
 _DIFFUSERS = "decoder.layers."

@@ -16,17 +16,13 @@ from diffusers import AutoencoderTiny, UNetMotionModel
 from torch import nn
 
 from avdm2_nodes.diffusion.precision import sampling_dtype
-from avdm2_nodes.diffusion.samplers import draw_noise
+from avdm2_nodes.diffusion.samplers import draw_noise, student_timesteps
+from avdm2_nodes.files.architecture import unet_config
+from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.stack import load_stack
-from avdm2_nodes.files.student import (
-    StudentInfo,
-    read_student,
-    student_timesteps,
-    student_unet,
-    unet_config,
-    weights_hash,
-    write_student,
-)
+from avdm2_nodes.files.student import read_student, write_student
+from avdm2_nodes.files.student_info import StudentInfo
+from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import StyleInfo, student_hash, write_style
 from training.sample import student_sampler, teacher_sampler
 

@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
 from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.files.architecture import unet_config
 from avdm2_nodes.files.interchange import export_animatediff
 from avdm2_nodes.files.motion import to_diffusers_keys
 from avdm2_nodes.files.stack import load_image_unet
-from avdm2_nodes.files.student import ANY_BASE, StudentInfo, read_student, student_unet, unet_config, write_student
+from avdm2_nodes.files.student import read_student, write_student
+from avdm2_nodes.files.student_info import ANY_BASE, StudentInfo
+from avdm2_nodes.files.student_unet import student_unet
 from tests.avdm2_nodes.conftest import ROOT
 from tests.avdm2_nodes.diffusion.original_layouts import SD15, original_checkpoint, original_motion, values
 from tests.avdm2_nodes.diffusion.per_frame import FrameNorm

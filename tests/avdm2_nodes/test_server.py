@@ -18,15 +18,12 @@ import torch
 from PIL import Image
 
 from avdm2_nodes.diffusion.precision import sampling_dtype
+from avdm2_nodes.files.architecture import unet_config
+from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.stack import load_stack
-from avdm2_nodes.files.student import (
-    StudentInfo,
-    read_student,
-    student_unet,
-    unet_config,
-    weights_hash,
-    write_student,
-)
+from avdm2_nodes.files.student import read_student, write_student
+from avdm2_nodes.files.student_info import StudentInfo
+from avdm2_nodes.files.student_unet import student_unet
 from tests.avdm2_nodes.conftest import HOW_TO_RUN, PROMPT, ROOT
 from tests.avdm2_nodes.live import RUN, Client, Server
 from training.sample import generate, student_sampler

@@ -13,9 +13,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.motion import to_diffusers_keys
 from avdm2_nodes.files.stack import load_image_unet
-from avdm2_nodes.files.student import StudentInfo, weights_hash, write_student
+from avdm2_nodes.files.student import write_student
+from avdm2_nodes.files.student_info import StudentInfo
 from tests.avdm2_nodes.conftest import ROOT
 from tests.avdm2_nodes.diffusion.original_layouts import SD15, original_checkpoint, original_motion, values
 from tests.avdm2_nodes.live import Client, Server
@@ -54,7 +56,7 @@ def write_models(base: Path) -> None:
 def student_config() -> dict:
     from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 
-    from avdm2_nodes.files.student import unet_config
+    from avdm2_nodes.files.architecture import unet_config
 
     with torch.device("meta"):
         image = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)

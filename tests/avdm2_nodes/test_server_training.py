@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from avdm2_nodes.files.student import read_student, weights_hash
+from avdm2_nodes.files.hashes import weights_hash
+from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.style import read_style, require_student
 from tests.avdm2_nodes.conftest import HOW_TO_RUN, ROOT
 from tests.avdm2_nodes.live import RUN, Client, Server

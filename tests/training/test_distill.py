@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from avdm2_nodes.diffusion.unets import video_predictor
-from avdm2_nodes.files.student import read_student, student_unet, weights_hash
+from avdm2_nodes.files.hashes import weights_hash
+from avdm2_nodes.files.student import read_student
+from avdm2_nodes.files.student_unet import student_unet
 from training.data.clips import write_clips
 from training.distill import export
 from training.run.checkpoint import Checkpoints

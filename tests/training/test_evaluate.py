@@ -8,14 +8,11 @@ from safetensors.torch import load_file
 
 from avdm2_nodes.diffusion.samplers import sample_student
 from avdm2_nodes.diffusion.unets import video_predictor
-from avdm2_nodes.files.student import (
-    StudentInfo,
-    read_student,
-    student_unet,
-    unet_config,
-    weights_hash,
-    write_student,
-)
+from avdm2_nodes.files.architecture import unet_config
+from avdm2_nodes.files.hashes import weights_hash
+from avdm2_nodes.files.student import read_student, write_student
+from avdm2_nodes.files.student_info import StudentInfo
+from avdm2_nodes.files.student_unet import student_unet
 from training import evaluate
 from training.data.clips import write_clips
 from training.distill import distil

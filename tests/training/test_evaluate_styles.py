@@ -9,8 +9,11 @@ from avdm2_nodes.diffusion.samplers import ddim_scheduler
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
 from avdm2_nodes.diffusion.style import style_change
 from avdm2_nodes.diffusion.unets import image_predictor, video_unet
+from avdm2_nodes.files.architecture import unet_config
+from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.stack import load_image_unet
-from avdm2_nodes.files.student import StudentInfo, read_student, unet_config, weights_hash, write_student
+from avdm2_nodes.files.student import read_student, write_student
+from avdm2_nodes.files.student_info import StudentInfo
 from avdm2_nodes.files.style import StyleFileError, StyleInfo, student_hash, write_style
 from training import evaluate_styles
 from training.evaluate_styles import FRAMES, MODES, STRENGTHS, TEACHER, UNSWAPPED, guided_method, restyled, student_method

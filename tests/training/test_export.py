@@ -5,8 +5,12 @@ import sys
 import pytest
 from diffusers import AnimateDiffPipeline
 
-from avdm2_nodes.files.recognise import read_layout, recognise
-from avdm2_nodes.files.student import StudentInfo, unet_config, weights_hash, write_student
+from avdm2_nodes.files.architecture import unet_config
+from avdm2_nodes.files.containers import read_layout
+from avdm2_nodes.files.hashes import weights_hash
+from avdm2_nodes.files.recognise import recognise
+from avdm2_nodes.files.student import write_student
+from avdm2_nodes.files.student_info import StudentInfo
 from training import export
 from training.run.config import ROOT
 

@@ -11,11 +11,15 @@ from torch import nn
 from avdm2_nodes.diffusion.guidance import pulled
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor, video_unet
+from avdm2_nodes.files.architecture import unet_config
+from avdm2_nodes.files.containers import write_tensors
+from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.motion import to_original_keys
 from avdm2_nodes.files.peers import load_peer
-from avdm2_nodes.files.recognise import write_tensors
 from avdm2_nodes.files.stack import load_image_unet, load_stack
-from avdm2_nodes.files.student import StudentInfo, read_student, student_unet, unet_config, weights_hash, write_student
+from avdm2_nodes.files.student import read_student, write_student
+from avdm2_nodes.files.student_info import StudentInfo
+from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import StyleInfo, student_hash, write_style
 from training import sample
 from training.data.video import read_video

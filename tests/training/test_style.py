@@ -10,8 +10,12 @@ from PIL import Image
 
 from avdm2_nodes.diffusion.style import StyleError, add_change, style_change
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor
-from avdm2_nodes.files.student import StudentFileError, read_student, student_unet, weights_hash
-from avdm2_nodes.files.style import StyleFileError, lora_change, lora_products, read_style, require_student
+from avdm2_nodes.files.hashes import weights_hash
+from avdm2_nodes.files.lora import lora_products
+from avdm2_nodes.files.student import read_student
+from avdm2_nodes.files.student_info import StudentFileError
+from avdm2_nodes.files.student_unet import student_unet
+from avdm2_nodes.files.style import StyleFileError, lora_change, read_style, require_student
 from training import distill
 from training.cost.memory_plan import plan_of
 from training.cost.operations import Inputs, meta_inputs, meta_roles

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.stack import Stack
-from avdm2_nodes.files.student import weights_hash
 from training.data.clips import DataError
 from training.run.checkpoint import write_atomically
 from training.run.config import DataConfig

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from avdm2_nodes.diffusion.schedules import IMAGE
 from avdm2_nodes.diffusion.style import add_change
 from avdm2_nodes.diffusion.unets import Predictor, image_predictor
+from avdm2_nodes.files.hashes import weights_hash
+from avdm2_nodes.files.lora import lora_products
 from avdm2_nodes.files.stack import Stack
-from avdm2_nodes.files.student import weights_hash
-from avdm2_nodes.files.style import lora_products
 from training.data.clips import DataError, caption_beside, cover, read_table
 from training.method.adapters import Adapters
 from training.method.stage import adamw, run_stage

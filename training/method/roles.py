@@ -22,8 +22,11 @@ from avdm2_nodes.diffusion.unets import (
     video_unet,
     with_own_motion,
 )
+from avdm2_nodes.files.architecture import unet_config
 from avdm2_nodes.files.stack import Stack, StackError
-from avdm2_nodes.files.student import Student, StudentFileError, require_base, student_unet, unet_config
+from avdm2_nodes.files.student import Student
+from avdm2_nodes.files.student_info import StudentFileError
+from avdm2_nodes.files.student_unet import require_base, student_unet
 from training.method.adapters import Adapters, checkpoint_layers
 
 Encoder = Callable[[Tensor, Tensor, Tensor], list[Tensor]]

@@ -8,7 +8,8 @@ from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
 from avdm2_nodes.diffusion.schedules import VIDEO
 from avdm2_nodes.diffusion.unets import video_predictor
 from avdm2_nodes.files.stack import load_stack
-from avdm2_nodes.files.student import read_student, student_unet
+from avdm2_nodes.files.student import read_student
+from avdm2_nodes.files.student_unet import student_unet
 from tests.avdm2_nodes.diffusion.per_frame import per_frame
 from training.sample import MODEL, STUDENT
 from training.world import scenes

@@ -6,10 +6,15 @@ from diffusers import AnimateDiffPipeline, LCMScheduler, MotionAdapter, UNetMoti
 
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
 from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.files.architecture import unet_config
+from avdm2_nodes.files.containers import read_layout
+from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.interchange import diffusers_scheduler, export_animatediff, export_diffusers
 from avdm2_nodes.files.motion import load_motion_file
-from avdm2_nodes.files.recognise import read_layout, recognise
-from avdm2_nodes.files.student import Student, StudentFileError, StudentInfo, student_unet, unet_config, weights_hash
+from avdm2_nodes.files.recognise import recognise
+from avdm2_nodes.files.student import Student
+from avdm2_nodes.files.student_info import StudentFileError, StudentInfo
+from avdm2_nodes.files.student_unet import student_unet
 
 
 @pytest.fixture

@@ -8,9 +8,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from avdm2_nodes.diffusion.unets import video_unet
+from avdm2_nodes.files.architecture import unet_config
+from avdm2_nodes.files.containers import FileFormatError, read_layout
+from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.motion import export_motion_file, load_motion_file, to_diffusers_keys, to_original_keys
-from avdm2_nodes.files.recognise import FileFormatError, read_layout, recognise
-from avdm2_nodes.files.student import StudentInfo, read_student, unet_config, weights_hash, write_student
+from avdm2_nodes.files.recognise import recognise
+from avdm2_nodes.files.student import read_student, write_student
+from avdm2_nodes.files.student_info import StudentInfo
 from tests.avdm2_nodes.diffusion.original_layouts import SD15, original_checkpoint, original_motion, sinusoid, values
 
 torch.set_num_threads(1)

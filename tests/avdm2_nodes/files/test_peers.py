@@ -12,13 +12,15 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 
-from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
+from avdm2_nodes.diffusion.samplers import draw_noise, sample_student, student_timesteps
 from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.files.containers import FileFormatError, write_tensors
+from avdm2_nodes.files.lora import load_lora_file
 from avdm2_nodes.files.motion import to_original_keys
 from avdm2_nodes.files.peers import is_peer, load_peer
-from avdm2_nodes.files.recognise import FileFormatError, write_tensors
-from avdm2_nodes.files.sd15 import load_lora_file
-from avdm2_nodes.files.student import StudentFileError, read_student, student_timesteps, student_unet, write_student
+from avdm2_nodes.files.student import read_student, write_student
+from avdm2_nodes.files.student_info import StudentFileError
+from avdm2_nodes.files.student_unet import student_unet
 from tests.conftest import WIDTHS
 
 BETAS = {"beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012}

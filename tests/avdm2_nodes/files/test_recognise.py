@@ -26,15 +26,8 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, T5Config, T5EncoderModel
 
-from avdm2_nodes.files.recognise import (
-    FileFormatError,
-    Layout,
-    read_layout,
-    read_tensors,
-    recognise,
-    require,
-    write_tensors,
-)
+from avdm2_nodes.files.containers import FileFormatError, Layout, read_layout, read_tensors, write_tensors
+from avdm2_nodes.files.recognise import recognise, require
 from tests.avdm2_nodes.diffusion.original_layouts import SD15, original_checkpoint, original_motion, original_unet
 
 torch.set_num_threads(1)
@@ -143,7 +136,8 @@ def test_a_header_whose_length_looks_like_a_pickle(tmp_path):
 
 def test_recognising_loads_no_library_of_models(safetensors_file):
     code = (
-        "import sys; from pathlib import Path; from avdm2_nodes.files.recognise import read_layout, recognise;"
+        "import sys; from pathlib import Path; from avdm2_nodes.files.containers import read_layout;"
+        "from avdm2_nodes.files.recognise import recognise;"
         "print(recognise(read_layout(Path(sys.argv[1]))).id, sorted({'torch', 'diffusers', 'transformers'} & sys.modules.keys()))"
     )
     root = Path(__file__).parents[3]

@@ -20,16 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from avdm2_nodes.diffusion.unets import video_unet
-from avdm2_nodes.files.recognise import FileFormatError, read_layout, recognise
-from avdm2_nodes.files.sd15 import (
-    clip_tokenizer,
-    export_lora_file,
-    load_sd15_file,
-    lora_keys,
-    lora_layers,
-    unet_to_original,
-)
-from avdm2_nodes.files.student import weights_hash
+from avdm2_nodes.files.clip import clip_tokenizer
+from avdm2_nodes.files.containers import FileFormatError, read_layout
+from avdm2_nodes.files.hashes import weights_hash
+from avdm2_nodes.files.lora import export_lora_file, lora_keys, lora_layers
+from avdm2_nodes.files.recognise import recognise
+from avdm2_nodes.files.sd15 import load_sd15_file, unet_to_original
 from tests.avdm2_nodes.diffusion.original_layouts import SD15, TINY, original_checkpoint, original_unet, values
 from training.method.adapters import Adapters
 

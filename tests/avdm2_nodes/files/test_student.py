@@ -14,20 +14,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from avdm2_nodes.diffusion.samplers import student_timesteps
 from avdm2_nodes.diffusion.unets import video_unet
-from avdm2_nodes.files.student import (
-    FORMAT_VERSION,
-    StudentFileError,
-    StudentInfo,
-    StyleUse,
-    read_student,
-    student_path,
-    student_timesteps,
-    student_unet,
-    unet_config,
-    weights_hash,
-    write_student,
-)
+from avdm2_nodes.files.architecture import unet_config
+from avdm2_nodes.files.hashes import weights_hash
+from avdm2_nodes.files.student import read_student, student_path, write_student
+from avdm2_nodes.files.student_info import FORMAT_VERSION, StudentFileError, StudentInfo, StyleUse
+from avdm2_nodes.files.student_unet import student_unet
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from avdm2_nodes.diffusion.style import add_change
 from avdm2_nodes.diffusion.unets import video_predictor, video_unet
-from avdm2_nodes.files.student import Student, StudentInfo, unet_config, weights_hash
+from avdm2_nodes.files.architecture import unet_config
+from avdm2_nodes.files.hashes import weights_hash
+from avdm2_nodes.files.student import Student
+from avdm2_nodes.files.student_info import StudentInfo
 from avdm2_nodes.files.style import (
     STYLE_VERSION,
     StyleFileError,

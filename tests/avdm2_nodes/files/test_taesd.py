@@ -4,7 +4,7 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from torch import nn
 
-from avdm2_nodes.files.recognise import FileFormatError
+from avdm2_nodes.files.containers import FileFormatError
 from avdm2_nodes.files.taesd import load_taesd_file
 
 

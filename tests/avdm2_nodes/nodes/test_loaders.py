@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from avdm2_nodes.diffusion.precision import sampling_dtype
-from avdm2_nodes.files.student import weights_hash
+from avdm2_nodes.files.hashes import weights_hash
 from tests.avdm2_nodes.conftest import TEACHER_WINDOW
 from tests.conftest import new_image_unet, new_motion
 

@@ -6,10 +6,11 @@ from diffusers import MotionAdapter
 
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
 from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.files.containers import write_tensors
 from avdm2_nodes.files.motion import to_original_keys
 from avdm2_nodes.files.peers import load_peer
-from avdm2_nodes.files.recognise import write_tensors
-from avdm2_nodes.files.student import read_student, student_unet
+from avdm2_nodes.files.student import read_student
+from avdm2_nodes.files.student_unet import student_unet
 from tests.avdm2_nodes.conftest import as_latent, in_sampling_dtype
 from tests.conftest import WIDTHS
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from avdm2_nodes.diffusion.precision import sampling_dtype
+from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.stack import load_image_unet
-from avdm2_nodes.files.student import read_student, weights_hash
+from avdm2_nodes.files.student import read_student
 
 ANIMATEDIFF = "AnimateDiff files"
 

@@ -7,7 +7,8 @@ from avdm2_nodes.diffusion.precision import sampling_dtype
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor
 from avdm2_nodes.files.stack import load_image_unet
-from avdm2_nodes.files.student import read_student, student_unet
+from avdm2_nodes.files.student import read_student
+from avdm2_nodes.files.student_unet import student_unet
 from tests.avdm2_nodes.conftest import as_latent, in_sampling_dtype
 
 OTHER, SAME = "other of tiny", "same of tiny"
