@@ -25,8 +25,8 @@ from avdm2_nodes.files.student import read_student, write_student
 from avdm2_nodes.files.student_info import ANY_BASE, StudentInfo
 from avdm2_nodes.files.student_unet import student_unet
 from tests.avdm2_nodes.conftest import ROOT
-from tests.avdm2_nodes.diffusion.original_layouts import SD15, original_checkpoint, original_motion, values
 from tests.avdm2_nodes.diffusion.per_frame import FrameNorm
+from tests.avdm2_nodes.files.original_layouts import SD15, original_checkpoint, original_motion, values
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from avdm2_nodes.files.stack import load_image_unet
 from avdm2_nodes.files.student import write_student
 from avdm2_nodes.files.student_info import StudentInfo
 from tests.avdm2_nodes.conftest import ROOT
-from tests.avdm2_nodes.diffusion.original_layouts import SD15, original_checkpoint, original_motion, values
+from tests.avdm2_nodes.files.original_layouts import SD15, original_checkpoint, original_motion, values
 from tests.avdm2_nodes.live import Client, Server
 
 pytestmark = pytest.mark.slow

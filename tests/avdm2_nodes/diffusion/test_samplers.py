@@ -12,6 +12,7 @@ from avdm2_nodes.diffusion.samplers import (
     draw_noise,
     sample_student,
     sample_teacher,
+    student_timesteps,
     teacher_x0,
 )
 from avdm2_nodes.diffusion.schedules import lcm_timesteps, trailing_timesteps
@@ -345,3 +346,11 @@ def test_the_teacher_is_the_animatediff_pipeline(stack):
     text, empty = stack.encode_text([prompt]), stack.encode_text([""])
     ours = sample_teacher(video_predictor(stack.teacher), noise, text, empty, 3, 3.0)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_student_timesteps():
+    own = (900, 700, 400, 100)
+    assert student_timesteps(own, 4) == list(own)
+    assert student_timesteps(own, 2) == [999, 499]
+    with pytest.raises(ValueError):
+        student_timesteps(own, 0)

@@ -15,7 +15,7 @@ from avdm2_nodes.files.motion import export_motion_file, load_motion_file, to_di
 from avdm2_nodes.files.recognise import recognise
 from avdm2_nodes.files.student import read_student, write_student
 from avdm2_nodes.files.student_info import StudentInfo
-from tests.avdm2_nodes.diffusion.original_layouts import SD15, original_checkpoint, original_motion, sinusoid, values
+from tests.avdm2_nodes.files.original_layouts import SD15, original_checkpoint, original_motion, sinusoid, values
 
 torch.set_num_threads(1)
 

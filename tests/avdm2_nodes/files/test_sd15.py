@@ -1,38 +1,24 @@
-import ast
-import copy
-import gzip
-import importlib.machinery
-import importlib.util
-import json
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from avdm2_nodes.diffusion.unets import video_unet
-from avdm2_nodes.files.clip import clip_tokenizer
-from avdm2_nodes.files.containers import FileFormatError, read_layout
+from avdm2_nodes.files.containers import FileFormatError
 from avdm2_nodes.files.hashes import weights_hash
-from avdm2_nodes.files.lora import export_lora_file, lora_keys, lora_layers
-from avdm2_nodes.files.recognise import recognise
 from avdm2_nodes.files.sd15 import load_sd15_file, unet_to_original
-from tests.avdm2_nodes.diffusion.original_layouts import SD15, TINY, original_checkpoint, original_unet, values
-from training.method.adapters import Adapters
+from tests.avdm2_nodes.files.comfyui_names import comfyui_names, needs_comfyui
+from tests.avdm2_nodes.files.original_layouts import SD15, TINY, original_checkpoint, original_unet, values
 
 torch.set_num_threads(1)
 
-COMFYUI = os.environ.get("COMFYUI_DIR")
-needs_comfyui = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_DIR names no checkout of ComfyUI to compare with")
+
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 
 
@@ -194,21 +180,6 @@ def test_the_layout_at_full_size():
     assert found == {UNET + name: shape for name, shape in original_unet(SD15["widths"], SD15["text"]).items()}
 
 
-def comfyui_names(folder):
-    """diffusers' names -> original, by ComfyUI's own function, which alone is imported, from a file in `folder`."""
-    tree = ast.parse((Path(COMFYUI) / "comfy" / "utils.py").read_text(encoding="utf-8"))
-    wanted = {"UNET_MAP_ATTENTIONS", "TRANSFORMER_BLOCKS", "UNET_MAP_RESNET", "UNET_MAP_BASIC", "unet_to_diffusers"}
-    body = [n for n in tree.body if getattr(n, "name", getattr(getattr(n, "targets", [None])[0], "id", None)) in wanted]
-    file = folder / "comfyui_names.py"
-    file.write_text(ast.unparse(ast.Module(body, [])), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    layers = {"num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "transformer_depth_middle": 1}
-    depths = {"transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_output": [1] * 9 + [0] * 3}
-    return module.unet_to_diffusers(layers | depths)
-
-
 @needs_comfyui
 def test_comfyui_has_the_same_names(loaded, tmp_path):
     theirs = comfyui_names(tmp_path)
@@ -255,173 +226,3 @@ def test_damaged_parts_are_refused(tensors, path):
         save_file(changed, path)
         message = refusal(load_sd15_file, path)
         assert said in message and str(path) in message
-
-
-# ---- LoRA ----
-
-RANK, ALPHA = 3, 6.0
-
-
-@pytest.fixture(scope="module")
-def lora(loaded):
-    """LoRA tensors as a student file has them, on every layer that the training puts them on, none of them zero."""
-    weights = Adapters().add(copy.deepcopy(loaded[0]), "student", RANK, 0)
-    generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(p.shape, generator=generator) * 0.05 for name, p in weights.items()}
-
-
-@pytest.fixture(scope="module")
-def lora_file(lora, tmp_path_factory):
-    path = tmp_path_factory.mktemp("lora") / "student_lora.safetensors"
-    export_lora_file(path, lora_layers(lora, ALPHA), {"ss_network_dim": str(RANK)}, torch.float32)
-    return path
-
-
-def test_a_lora_file_is_read_by_diffusers_and_merges_to_the_student(loaded, lora, lora_file):
-    base, unet = loaded[0], copy.deepcopy(loaded[0])
-    pipeline = StableDiffusionPipeline(
-        loaded[1], loaded[2], None, unet, DDIMScheduler(), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.load_lora_weights(lora_file.parent, weight_name=lora_file.name)
-    x, words = torch.randn(2, 4, 8, 8), torch.randn(2, 5, TINY["text"])
-    with torch.no_grad():
-        by_layers = unet(x, torch.tensor([500, 20]), words).sample
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-        fused = unet(x, torch.tensor([500, 20]), words).sample
-        bare = base(x, torch.tensor([500, 20]), words).sample
-    torch.testing.assert_close(by_layers, fused, rtol=1e-4, atol=1e-4)
-    assert (fused - bare).abs().max() > 0.1
-
-    expected = base.state_dict()
-    modules = [name.removesuffix(".lora_A.weight") for name in lora if ".lora_A." in name]
-    assert len(modules) > 200
-    for module in modules:  # W + alpha / rank B A, as the student that has them
-        down, up = lora[f"{module}.lora_A.weight"], lora[f"{module}.lora_B.weight"]
-        added = ALPHA / RANK * torch.einsum("or...,r...->o...", up.flatten(1), down)
-        expected[f"{module}.weight"] = expected[f"{module}.weight"] + added
-    found = unet.state_dict()
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
-
-
-def test_what_a_lora_file_holds(lora, lora_file, tmp_path):
-    with safe_open(lora_file, "pt") as file:
-        assert file.metadata() == {"ss_network_dim": str(RANK)}
-    assert recognise(read_layout(lora_file)).phrase == "an SD LoRA (kohya keys)"
-    found = load_file(lora_file)
-    conv, linear = (
-        "lora_unet_mid_block_resnets_0_conv1",
-        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_out_0",
-    )
-    assert found[f"{conv}.lora_down.weight"].shape == (RANK, 96, 3, 3)
-    assert found[f"{conv}.lora_up.weight"].shape == (96, RANK, 1, 1)
-    assert found[f"{linear}.lora_down.weight"].shape == (RANK, 32) and found[f"{linear}.lora_up.weight"].shape == (32, RANK)
-    assert found[f"{conv}.alpha"].shape == () and found[f"{conv}.alpha"].item() == ALPHA
-    assert len(found) == 3 * len(lora_layers(lora, 1.0))
-    export_lora_file(tmp_path / "half.safetensors", lora_layers(lora, ALPHA), {})
-    half = load_file(tmp_path / "half.safetensors")
-    assert half.keys() == found.keys() and all(torch.equal(half[name].float(), t.half().float()) for name, t in found.items())
-
-
-@needs_comfyui
-def test_comfyui_knows_every_layer_of_a_lora_file(lora, tmp_path):
-    theirs = {"lora_unet_" + name.removesuffix(".weight").replace(".", "_") for name in comfyui_names(tmp_path)}
-    assert {name.split(".")[0] for name in lora_keys(lora_layers(lora, ALPHA))} <= theirs
-
-
-def test_no_layers_are_no_file(lora, tmp_path):
-    motion = {"down_blocks.0.motion_modules.0.proj_in.weight": torch.ones(2, 2)}
-    assert "found none" in refusal(export_lora_file, tmp_path / "a.safetensors", lora_layers(motion, 1.0), {})
-    assert "make room" in refusal(export_lora_file, tmp_path / "no" / "a.safetensors", lora_layers(lora, 1.0), {})
-
-
-# ---- the tokenizer ----
-
-
-def packed_vocabulary(folder, merges):
-    """The package open_clip, as far as a tokenizer needs it: a title, then merges by rank, more of them than CLIP took."""
-    folder.mkdir()
-    lines = ['"bpe_simple_vocab_16e6.txt#version: 0.2', *(f"{a} {b}" for a, b in merges), "zz zz", "yy yy</w>", ""]
-    (folder / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    (folder / "__init__.py").write_text("raise ImportError('the package must be found, never imported')")
-
-
-@pytest.fixture(scope="session")
-def merges():
-    """As many merges as CLIP has, in an order in which each has what it merges: letters, then pairs with a letter."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    pairs = [(a, b + end) for end in ("", "</w>") for a in letters for b in letters]
-    words = [(a + b, c + end) for end in ("</w>", "") for a in letters for b in letters for c in letters]
-    longer = [(a + b + c, d + "</w>") for a in letters for b in letters for c in letters for d in letters]
-    found = list(dict.fromkeys(pairs + words + longer))[:48894]
-    assert len(found) == 48894
-    return found
-
-
-@pytest.fixture
-def open_clip(tmp_path, merges, monkeypatch):
-    packed_vocabulary(tmp_path / "open_clip", merges)
-    place = importlib.machinery.PathFinder.find_spec("open_clip", [str(tmp_path)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: place if name == "open_clip" else None)
-    return tmp_path / "open_clip"
-
-
-def test_the_tokenizer_from_the_package(open_clip):
-    tokenizer = clip_tokenizer()
-    assert len(tokenizer) == 49408 and tokenizer.model_max_length == 77
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (49406, 49407, 49407)
-    # 256 bytes, 256 bytes at a word's end, then the merges: "ab" is the 2nd, "ab</w>" the 26 * 26 + 2nd.
-    assert tokenizer.convert_tokens_to_ids(["!", "!</w>", "ab", "ab</w>"]) == [0, 256, 512 + 1, 512 + 26 * 26 + 1]
-    ids = tokenizer(["AB", "a" * 400], padding="max_length", truncation=True).input_ids
-    assert ids[0] == [49406, 512 + 26 * 26 + 1] + [49407] * 75
-    assert len(ids[1]) == 77 and ids[1][-1] == 49407
-
-
-def test_the_tokenizer_from_a_folder(open_clip, tmp_path):
-    folder = tmp_path / "tokenizer"
-    clip_tokenizer().save_pretrained(folder)
-    packed = clip_tokenizer()
-    files = {name for name in os.listdir(folder) if name not in ("vocab.json", "merges.txt")}
-    for name in files:
-        (folder / name).unlink()
-    if not (folder / "vocab.json").exists():  # transformers 5 saves one file of its own
-        tokens = packed.get_vocab()
-        (folder / "vocab.json").write_text(json.dumps(tokens))
-        with gzip.open(open_clip / "bpe_simple_vocab_16e6.txt.gz", "rt") as file:
-            lines = file.read().split("\n")[1:48895]
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"pad_token": "!", "model_max_length": 8192})
-    )  # as SD 2.x' and ComfyUI's
-    found = clip_tokenizer(folder)
-    text = ["a small cat", "ünïcode 12 <|endoftext|>", ""]
-    assert found(text, padding="max_length").input_ids == packed(text, padding="max_length").input_ids
-
-
-@needs_comfyui
-def test_the_vocabulary_is_clips_own(tmp_path, monkeypatch):
-    folder = Path(COMFYUI) / "comfy" / "sd1_tokenizer"
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:48895]
-    packed_vocabulary(tmp_path / "open_clip", [line.split(" ") for line in lines])
-    place = importlib.machinery.PathFinder.find_spec("open_clip", [str(tmp_path)])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: place)
-    found = clip_tokenizer()
-    assert found.get_vocab() == json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    assert found("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-    assert clip_tokenizer(folder)("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-
-
-def test_no_vocabulary(tmp_path, monkeypatch, stack_folder, open_clip):
-    assert "49408 tokens" in refusal(clip_tokenizer, stack_folder / "tokenizer")  # of the miniature's kind
-    assert "found no vocab.json" in refusal(clip_tokenizer, tmp_path / "gone")
-    (tmp_path / "vocab.json").write_text("{")
-    assert "found no merges.txt" in refusal(clip_tokenizer, tmp_path)
-    (tmp_path / "merges.txt").write_text("")
-    assert str(tmp_path) in refusal(clip_tokenizer, tmp_path)
-    (open_clip / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(b"title\na b\n"))
-    assert "49408 tokens" in refusal(clip_tokenizer)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install open_clip_torch" in refusal(clip_tokenizer)

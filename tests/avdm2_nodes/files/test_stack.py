@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from avdm2_nodes.files.stack import StackError, decode_clips, encode_clips, frames_at_once, load_image_unet, load_stack
-from tests.avdm2_nodes.diffusion.original_layouts import TINY, original_checkpoint, original_motion, values
+from tests.avdm2_nodes.files.original_layouts import TINY, original_checkpoint, original_motion, values
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from avdm2_nodes.files.architecture import unet_config
 from avdm2_nodes.files.student import write_student
 from avdm2_nodes.files.student_info import StudentInfo
-from tests.avdm2_nodes.diffusion.original_layouts import SD15, original_checkpoint, original_motion, values
+from tests.avdm2_nodes.files.original_layouts import SD15, original_checkpoint, original_motion, values
 
 pytestmark = pytest.mark.slow
 

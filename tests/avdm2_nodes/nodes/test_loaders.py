@@ -104,7 +104,7 @@ def test_files_of_another_kind_are_refused_as_motion_modules(comfyui, model_fold
 def test_files_of_another_kind_are_refused_as_checkpoints(comfyui, model_folders, students, node_stack_folder):
     from safetensors.torch import save_file
 
-    from tests.avdm2_nodes.diffusion.original_layouts import original_motion, values
+    from tests.avdm2_nodes.files.original_layouts import original_motion, values
 
     motion = values(original_motion((32, 32, 64, 64)))
     save_file(motion, model_folders / "animatediff_models" / "motion.safetensors")
