@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 from .samplers import Generators, Refine, draw_noise
@@ -79,15 +80,18 @@ def pulled(
         if strength == 0 or (steps is not None and step not in steps):
             return x0
         batch, channels, count, height, width = x0.shape
-        frames = x0.transpose(1, 2).flatten(0, 1)
+        frames = rearrange(x0, "b c f h w -> (b f) c h w")
         for _ in range(pulls):
-            noise = draw_noise((batch, channels, height, width), generator, x0.device).repeat_interleave(count, 0)
+            noise = draw_noise((batch, channels, height, width), generator, x0.device)
+            noise = repeat(noise, "b c h w -> (b f) c h w", f=count)
             style_x0, source_x0 = (
-                predict_frames(model, frames, noise, t, y.expand(batch, -1, -1).repeat_interleave(count, 0), empty, guidance)
+                predict_frames(
+                    model, frames, noise, t, repeat(y.expand(batch, -1, -1), "b l d -> (b f) l d", f=count), empty, guidance
+                )
                 for model, (y, empty) in zip((style, source), texts, strict=True)
             )
             frames = style_pull(frames, style_x0, source_x0, strength)
-        return frames.unflatten(0, (batch, count)).transpose(1, 2)
+        return rearrange(frames, "(b f) c h w -> b c f h w", f=count)
 
     return refine
 

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from diffusers import DDIMScheduler
+from einops import rearrange
 from torch import Tensor
 
 from .schedules import TRAIN_TIMESTEPS, VIDEO, Schedule, lcm_timesteps, trailing_timesteps
@@ -30,7 +31,8 @@ def draw_noise(
         return to_device(torch.randn(*shape, generator=generator), device)
     batch, channels, frames, height, width = shape
     drawn = torch.randn(batch, max(index) + 1 if index else frames, channels, height, width, generator=generator)
-    return to_device((drawn[:, list(index)] if index else drawn).transpose(1, 2).contiguous(), device)
+    drawn = drawn[:, list(index)] if index else drawn
+    return to_device(rearrange(drawn, "b f c h w -> b c f h w").contiguous(), device)
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

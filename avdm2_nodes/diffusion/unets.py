@@ -11,6 +11,7 @@ from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from .schedules import classifier_free_guidance
@@ -124,8 +125,8 @@ def encoder_features(unet: UNetMotionModel, x_t: Tensor, t: Tensor, text: Tensor
     """
     frames = x_t.shape[2]
     t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
-    emb = unet.time_embedding(unet.time_proj(t).to(_dtype(unet))).repeat_interleave(frames, 0)
-    hidden = unet.conv_in(x_t.transpose(1, 2).flatten(0, 1).to(_dtype(unet)))
+    emb = repeat(unet.time_embedding(unet.time_proj(t).to(_dtype(unet))), "b d -> (b f) d", f=frames)
+    hidden = unet.conv_in(rearrange(x_t, "b c f h w -> (b f) c h w").to(_dtype(unet)))
     features = []
     for block in unet.down_blocks:
         if getattr(block, "has_cross_attention", False):
@@ -135,7 +136,7 @@ def encoder_features(unet: UNetMotionModel, x_t: Tensor, t: Tensor, text: Tensor
         features.append(residuals[-2] if block.downsamplers else residuals[-1])
     motion = {"num_frames": frames} if hasattr(unet.mid_block, "motion_modules") else {}
     features[-1] = unet.mid_block(hidden, emb, encoder_hidden_states=text, **motion)
-    return [f.unflatten(0, (-1, frames)).transpose(1, 2) for f in features[-3:]]
+    return [rearrange(feature, "(b f) c h w -> b c f h w", f=frames) for feature in features[-3:]]
 
 
 def share_spatial_layers(unet: UNetMotionModel, like: UNet2DConditionModel) -> UNet2DConditionModel:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, MotionAdapter, UNet2DConditionModel
+from einops import rearrange
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -88,22 +89,22 @@ def encode_clips(vae, frames: Tensor, batch: int | None = None) -> Tensor:
     """(B, F, H, W, 3) uint8 -> clips in model space (B, C, F, h, w) float32, `batch` frames at a time (else `frames_at_once`)."""
     weight = next(vae.parameters())
     parts = []
-    for images in frames.flatten(0, 1).split(batch or frames_at_once(vae, *frames.shape[2:4])):
-        encoded = vae.encode((images.permute(0, 3, 1, 2).to(weight.device).float() / 127.5 - 1).to(weight.dtype))
+    for images in rearrange(frames, "b f h w c -> (b f) c h w").split(batch or frames_at_once(vae, *frames.shape[2:4])):
+        encoded = vae.encode((images.to(weight.device).float() / 127.5 - 1).to(weight.dtype))
         parts.append((encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()).float())
-    return torch.cat(parts).mul(vae.config.scaling_factor).unflatten(0, frames.shape[:2]).transpose(1, 2)
+    return rearrange(torch.cat(parts).mul(vae.config.scaling_factor), "(b f) c h w -> b c f h w", f=frames.shape[1])
 
 
 @torch.no_grad()
 def decode_clips(vae, clips: Tensor, batch: int | None = None) -> Tensor:
     """Clips in model space (B, C, F, h, w) -> (B, F, H, W, 3) uint8 on the CPU, `batch` frames at a time (else `frames_at_once`)."""
     weight, factor = next(vae.parameters()), 2 ** (len(vae.config.block_out_channels) - 1)
-    latents = clips.transpose(1, 2).flatten(0, 1) / vae.config.scaling_factor
+    latents = rearrange(clips, "b c f h w -> (b f) c h w") / vae.config.scaling_factor
     parts = []
     for part in latents.split(batch or frames_at_once(vae, factor * clips.shape[3], factor * clips.shape[4])):
         pixels = vae.decode(part.to(weight.device, weight.dtype)).sample.float()
         parts.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
-    return torch.cat(parts).permute(0, 2, 3, 1).unflatten(0, (clips.shape[0], clips.shape[2]))
+    return rearrange(torch.cat(parts), "(b f) c h w -> b f h w c", f=clips.shape[2])
 
 
 def load_stack(path: Path, motion: Path | None = None, with_motion: bool = True, tokenizer: Path | None = None) -> Stack:
