@@ -41,7 +41,7 @@ def lora_products(tensors: Mapping[str, Tensor], scale: float = 1.0) -> dict[str
 
 
 def lora_pairs(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(module, A, B) of each layer among a student's or a style's tensors."""
+    """(module, A, B) of each layer among a student's or a style's tensors: `<module>.lora_A.weight`, `<module>.lora_B.weight`."""
     for key, down in tensors.items():
         if key.endswith(_DOWN):
             module = key.removesuffix(_DOWN)

@@ -44,17 +44,16 @@ def student_path(folder: Path, name: str) -> Path:
 def write_student(path: Path, tensors: Mapping[str, Tensor], info: StudentInfo) -> None:
     """Writes a student file, whole or not at all.
 
-    `tensors` have the names of UNetMotionModel's parameters (all, or those in motion modules) and, with motion+lora,
-    `<module>.lora_A.weight` (rank, in, ...) and `<module>.lora_B.weight` (out, rank, ...) of spatial layers. The motion
-    modules' `pos_embed.pe` may be among them; without them a reader takes diffusers' own. StudentFileError for tensors that
-    do not fit `info`, another suffix, no such folder, no right to write or no room.
+    `tensors` have the names of UNetMotionModel's parameters (all, or those in motion modules) and, with motion+lora, of `lora_pairs`
+    of spatial layers. The motion modules' `pos_embed.pe` may be among them; without them a reader takes diffusers' own.
+    StudentFileError for tensors that do not fit `info`, another suffix, no such folder, no right to write or no room.
     """
     require_tensors(info, tensors, path)
     write_described(path, tensors, info)
 
 
 def read_student(path: Path) -> Student:
-    """Reads a student file, tensors in their own dtypes on the CPU.
+    """The student in a file, tensors as there, on the CPU.
 
     StudentFileError for a file that is missing, truncated, no student's, of a newer format, or whose tensors are not those of
     the UNet that it describes.

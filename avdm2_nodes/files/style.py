@@ -75,15 +75,15 @@ def student_hash(student: Student) -> str:
 def write_style(path: Path, tensors: Mapping[str, Tensor], info: StyleInfo) -> None:
     """Writes a style file, whole or not at all.
 
-    `tensors` are `<module>.lora_A.weight` (rank, in, ...) and `<module>.lora_B.weight` (out, rank, ...) of layers of the student's
-    video UNet. StyleFileError for tensors that are no such pairs, no such folder, no right to write or no room.
+    `tensors` are `lora_pairs` of layers of the student's video UNet. StyleFileError for others, another suffix, no such folder, no
+    right to write or no room.
     """
     _require_pairs(tensors, info, path)
     write_described(path, tensors, info)
 
 
 def read_style(path: Path) -> StyleFile:
-    """Reads a style file, tensors in their own dtypes on the CPU.
+    """The style in a file, tensors as there, on the CPU.
 
     StyleFileError for a file that is missing, truncated, no style's, of a newer version or whose tensors are no LoRA.
     """
