@@ -80,7 +80,7 @@ print(json.dumps([
 
 
 def test_every_file_is_seen():
-    assert {room_of(file) for file in FILES} == {"", "nodes", "comfy_bridge", "diffusion"}
+    assert {room_of(file) for file in FILES} == {"", "nodes", "comfy_bridge", "files", "diffusion"}
     assert imports(PACK / "__init__.py") == [(0, "comfy_api.latest"), (1, "nodes")]
     assert rooms_read(PACK / "nodes" / "student_loader.py") == {"comfy_bridge"}
 
@@ -90,9 +90,15 @@ def test_arrows_go_down_only(file):
     tops = {module.split(".")[0] for level, module in imports(file) if not level}
     assert not tops & {"training", "tests"}, "the nodes never need the training"
     assert "avdm2_nodes" not in tops, "the pack is loaded under any name: imports of its own are relative"
-    if room_of(file) == "diffusion":
+    if room_of(file) in ("files", "diffusion"):
         assert not tops & COMFYUI
-    below = {"": {"nodes"}, "nodes": {"comfy_bridge"}, "comfy_bridge": {"diffusion"}, "diffusion": set()}
+    below = {
+        "": {"nodes"},
+        "nodes": {"comfy_bridge"},
+        "comfy_bridge": {"files", "diffusion"},
+        "files": {"diffusion"},
+        "diffusion": set(),
+    }
     assert rooms_read(file) <= below[room_of(file)]
 
 
@@ -103,7 +109,7 @@ def test_old_style_mappings_are_nowhere(file):
 
 def test_no_node_imports_torch_diffusers_or_transformers_at_start_up():
     """What a file imports outside of its functions; the nodes' own files and, of the bridge, those that they import so."""
-    for file in [PACK / "__init__.py", *(PACK / "nodes").glob("*.py"), PACK / "comfy_bridge" / "files.py"]:
+    for file in [PACK / "__init__.py", *(PACK / "nodes").glob("*.py"), PACK / "comfy_bridge" / "folders.py"]:
         body = ast.Module(ast.parse(file.read_text(encoding="utf-8")).body, [])
         names = set()
         for node in body.body:
@@ -112,7 +118,7 @@ def test_no_node_imports_torch_diffusers_or_transformers_at_start_up():
             elif isinstance(node, ast.ImportFrom):
                 names |= {f"{node.module}.{alias.name}" if node.module else alias.name for alias in node.names}
         assert not {name.split(".")[0] for name in names} & {"torch", "diffusers", "transformers", "comfy", "PIL"}, file
-        assert {name for name in names if name.startswith("comfy_bridge")} <= {"comfy_bridge.files"}, file
+        assert {name for name in names if name.startswith("comfy_bridge")} <= {"comfy_bridge.folders"}, file
 
 
 def test_the_tests_run_whatever_the_folder_is_called(tmp_path):
