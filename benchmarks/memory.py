@@ -11,7 +11,8 @@ if __name__ == "__main__":
 
 from training.cost.memory_plan import in_words, memory_plan
 from training.cost.operations import count_parts, meta_inputs, meta_roles, phases, update_cost
-from training.run.config import ConfigError, load_config
+from training.run.command_line import load_config
+from training.run.config import ConfigError
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -50,7 +50,7 @@ def _measure(teacher: Path | None, options: list[str], threads: int, repetitions
     from benchmarks.subjects import random_stack
     from training.distill import new_heads, new_roles
     from training.method.loop import Distillation
-    from training.run.config import load_config
+    from training.run.command_line import load_config
     from training.run.precision import pick_device, uses_bf16
     from training.run.timing import interleaved, peak_bytes, resident_bytes
 

@@ -42,7 +42,8 @@ from training.method.loop import Distillation, train
 from training.method.roles import Roles, build_roles
 from training.run import console
 from training.run.checkpoint import CheckpointError
-from training.run.config import ConfigError, DistillConfig, load_config, to_yaml
+from training.run.command_line import load_config
+from training.run.config import ConfigError, DistillConfig, to_yaml
 from training.run.folder import RunFolder, RunFolderError
 from training.run.parent import Stop, StoppedError, never, watch
 from training.run.precision import DeviceError, autocast, uses_bf16

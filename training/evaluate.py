@@ -47,7 +47,8 @@ from training.evaluation.report import markdown_table, write_report
 from training.evaluation.rows import Bench, Method, VideoBench, kept, steps_in_words, student_method, teacher_method
 from training.run import console
 from training.run.checkpoint import Checkpoints, write_atomically
-from training.run.config import ROOT, DistillConfig, load_config, to_yaml
+from training.run.command_line import load_config
+from training.run.config import ROOT, DistillConfig, to_yaml
 from training.run.folder import RunFolder
 from training.run.precision import pick_device
 from training.sample import between, scale

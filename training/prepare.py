@@ -40,7 +40,8 @@ from training.data.teacher_clips import read_prompts, sampled_clips
 from training.data.video import VideoError
 from training.distill import EXPECTED_ERRORS, render_clips
 from training.run import console
-from training.run.config import DistillConfig, load_config
+from training.run.command_line import load_config
+from training.run.config import DistillConfig
 from training.run.folder import RunFolder
 from training.run.precision import pick_device, uses_bf16
 from training.sample import between

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from avdm2_nodes.diffusion.unets import video_unet
 from benchmarks.subjects import Subject, evaluations, random_weights
 from benchmarks.training_modes import MODES, Noise
-from training.run.config import load_config
+from training.run.command_line import load_config
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from avdm2_nodes.files.student_unet import student_unet
 from training.data.clips import write_clips
 from training.distill import export
 from training.run.checkpoint import Checkpoints
-from training.run.config import ROOT, load_config, to_yaml
+from training.run.command_line import load_config
+from training.run.config import ROOT, to_yaml
 from training.run.folder import RunFolder
 from training.run.meter import MEASURED
 from training.world import scenes

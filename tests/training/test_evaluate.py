@@ -18,7 +18,7 @@ from training.data.clips import write_clips
 from training.distill import distil
 from training.evaluation.backbones import BackboneError, load_clip
 from training.evaluation.rows import Bench, Method
-from training.run.config import load_config
+from training.run.command_line import load_config
 from training.run.folder import RunFolder
 
 

@@ -20,7 +20,8 @@ from training.data import teacher_clips
 from training.data.cache import Cache, is_cache, space_of
 from training.data.clips import ClipFolder, DataError, write_clips
 from training.data.latents import open_clips
-from training.run.config import ROOT, ConfigError, load_config, to_yaml
+from training.run.command_line import load_config
+from training.run.config import ROOT, ConfigError, to_yaml
 from training.run.folder import RunFolder, RunFolderError
 from training.run.randomness import keyed_generator
 from training.world import scenes

@@ -24,7 +24,8 @@ from training.evaluation.rows import student_method
 from training.method import image_style
 from training.method.discriminator import DiscriminatorHeads
 from training.method.roles import begin_with, build_roles
-from training.run.config import ConfigError, load_config, to_yaml
+from training.run.command_line import load_config
+from training.run.config import ConfigError, to_yaml
 from training.run.folder import RunFolder, RunFolderError
 from training.run.parent import StoppedError
 

@@ -1,19 +1,18 @@
-"""The settings of a distillation: one YAML file, overlaid by the command line, checked before anything starts."""
+"""The settings of a distillation: sections, their bounds, what must agree between them, and their YAML."""
 
-import argparse
-import difflib
 import os
-import sys
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from training.run.wording import said, sentences
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFAULT_FILE = ROOT / "training" / "configs" / "miniature.yaml"
 
 
 class ConfigError(ValueError):
@@ -26,12 +25,12 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.normpath(ROOT / path.expanduser()))
 
 
-def _portable(path: Path) -> str:
+def portable(path: Path) -> str:
     return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
 
 
 # Absolute in use; a relative path starts at the repository's root, or at the working folder if the command line says it.
-ProjectPath = Annotated[Path, AfterValidator(_absolute), PlainSerializer(_portable)]
+ProjectPath = Annotated[Path, AfterValidator(_absolute), PlainSerializer(portable)]
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 Timestep = Annotated[int, Field(ge=0, le=999)]
 
@@ -241,7 +240,7 @@ class DistillConfig(BaseSettings):
             )
         if model.train != "style" and images is not None:
             problems.append(
-                f"style.images: expected null where model.train is {model.train}, found {_portable(images)}; set model.train style."
+                f"style.images: expected null where model.train is {model.train}, found {portable(images)}; set model.train style."
             )
         if self.adm.weight > 0 and self.sdm.weight == 0 and self.adm.start_update > 0:
             problems.append(
@@ -263,40 +262,6 @@ RESUMABLE_CHANGES = frozenset(
 )  # fmt: skip
 
 
-def load_config(argv: list[str] | None = None) -> DistillConfig:
-    """The settings of `--config FILE` (default: the miniature's) overlaid by `--section.key value` (default: sys.argv).
-
-    A list is written 999,499 and the absence of a value null. `--help` prints every setting and exits. ConfigError for a file
-    that cannot be read, an unknown key (the nearest is suggested) or a wrong value, naming all of them at once.
-    """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--config FILE] [--section.key VALUE ...]",
-        description=DistillConfig.__doc__,
-        epilog="The defaults above hold where FILE says nothing.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    file_help = f"YAML file of settings to start from (default: {_portable(DEFAULT_FILE)})"
-    parser.add_argument("--config", metavar="FILE", type=Path, help=file_help)
-    file = _check_arguments(argv)
-    try:
-        said = CliSettingsSource(
-            DistillConfig,
-            root_parser=parser,
-            cli_parse_args=argv,
-            cli_parse_none_str="null",
-            cli_avoid_json=True,
-            cli_hide_none_type=True,
-        )()
-    except (argparse.ArgumentError, SettingsError) as error:
-        raise ConfigError(f"Command line: {str(error).rstrip('.')}; correct it, or see --help.") from error
-    for section, key in _paths():
-        if isinstance(path := said.get(section, {}).get(key), str):
-            said[section][key] = os.path.abspath(os.path.expanduser(path))
-    return _validated(_overlay(_read_yaml(file), said), str(file), _flat(said))
-
-
 def to_yaml(config: DistillConfig) -> str:
     """Every setting as YAML; paths inside the repository are relative to its root, so the text can move with it."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None)
@@ -304,7 +269,7 @@ def to_yaml(config: DistillConfig) -> str:
 
 def from_yaml(text: str, name: str = "the settings") -> DistillConfig:
     """The settings that a text in YAML says, defaults for the rest; ConfigError (which says `name`) as `load_config`."""
-    return _validated(_parse_yaml(text, name), name)
+    return validated(parse_yaml(text, name), name)
 
 
 def training_changes(earlier: str, config: DistillConfig) -> list[str]:
@@ -312,49 +277,14 @@ def training_changes(earlier: str, config: DistillConfig) -> list[str]:
 
     A setting that the earlier run did not know has its default there: a new one leaves earlier runs as they were.
     """
-    defaults, now = (_flat(c.model_dump(mode="json")) for c in (DistillConfig(), config))
-    was = defaults | _flat(_parse_yaml(earlier, "the earlier settings"))
+    defaults, now = (flat(c.model_dump(mode="json")) for c in (DistillConfig(), config))
+    was = defaults | flat(parse_yaml(earlier, "the earlier settings"))
     keys = [key for key in now | was if key not in RESUMABLE_CHANGES and was.get(key) != now.get(key)]
-    return [f"{key} {_said(now.get(key))}, was {_said(was.get(key))}" for key in keys]
+    return [f"{key} {said(now.get(key))}, was {said(was.get(key))}" for key in keys]
 
 
-# ---- reading ----
-
-
-def _check_arguments(argv: list[str]) -> Path:
-    """The `--config` file of a command line, once its keys are known to be valid: argparse would exit without a suggestion."""
-    file = DEFAULT_FILE
-    if "-h" in argv or "--help" in argv:
-        return file
-    tokens = iter(argv)
-    for token in tokens:
-        if not token.startswith("--"):
-            raise ConfigError(f"Command line: expected --section.key value, found {token!r}; see --help.")
-        key, equals, value = token[2:].partition("=")
-        if key != "config" and key not in _KEYS:
-            raise ConfigError(f"Command line: unknown setting --{key}; the nearest is --{_nearest(key, _KEYS)}, see --help.")
-        if not equals:
-            value = next(tokens, "")
-        if not value or value.startswith("--"):
-            raise ConfigError(
-                f"Command line: expected a value after --{key}, found {value or 'nothing'}; give one or leave it out."
-            )
-        if key == "config":
-            file = Path(value).expanduser()
-    return file
-
-
-def _read_yaml(file: Path) -> dict:
-    try:
-        return _parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        cause = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"Expected a YAML file of settings at {file}, found: {cause}; give another after --config."
-        ) from error
-
-
-def _parse_yaml(text: str, name: str) -> dict:
+def parse_yaml(text: str, name: str) -> dict:
+    """The sections of a text in YAML, not yet checked; ConfigError (which says `name`) where there are none."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -363,82 +293,29 @@ def _parse_yaml(text: str, name: str) -> dict:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(
-            f"Expected sections of settings in {name}, found {_said(values)}; see training/configs for an example."
+            f"Expected sections of settings in {name}, found {said(values)}; see training/configs for an example."
         )
     # A section whose every line is commented out reads as null.
     return {str(key): {} if value is None and key in DistillConfig.model_fields else value for key, value in values.items()}
 
 
-def _overlay(below: dict, above: dict) -> dict:
-    """A new dict: `above` wins, sections are merged."""
-    merged = dict(below)
-    for key, value in above.items():
-        merged[key] = _overlay(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-    return merged
-
-
-def _validated(values: dict, name: str, on_command_line=()) -> DistillConfig:
+def validated(values: dict, name: str, on_command_line: Iterable[str] = ()) -> DistillConfig:
+    """Settings of plain values, which come from the file `name` but for those `on_command_line`. ConfigError, all problems at once."""
     try:
         return DistillConfig.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            if not problem["loc"]:
-                lines += str(problem["ctx"]["error"]).splitlines()  # of _agree, sentences already
-            else:
-                lines.append(_sentence(problem, name, on_command_line))
-        raise ConfigError("\n".join(lines)) from error
+        raise ConfigError(sentences(error, name, on_command_line, [*KEYS, *DistillConfig.model_fields])) from error
 
 
-# pydantic's words, in the form of the house.
-_WORDING = {
-    "Value error, ": "",
-    "Input should be": "expected",
-    "expected greater": "expected a value greater",
-    "expected less": "expected a value less",
-    "Tuple should have": "expected",
-    " after validation": "",
-    "String should match pattern": "expected text of the pattern",
-    "Input is not a valid path for <class 'pathlib.Path'>": "expected a path",
-    "Field required": "expected one more value",
-}
-
-
-def _sentence(problem: dict, name: str, on_command_line) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    place = "command line" if any(key == said or key.startswith(f"{said}.") for said in on_command_line) else name
-    if problem["type"] == "extra_forbidden":
-        return f"{place}: unknown setting {key}; the nearest is {_nearest(key, [*_KEYS, *DistillConfig.model_fields])}."
-    if problem["type"].startswith("model_"):
-        return f"{place}: {key}: expected a section with keys, found {_said(problem['input'])}; see --help."
-    expected = problem["msg"]
-    for theirs, ours in _WORDING.items():
-        expected = expected.replace(theirs, ours)
-    return f"{place}: {key}: {expected}, found {_said(problem['input'])}; change it."
-
-
-def _nearest(key: str, valid_keys: list[str]) -> str:
-    """The valid key whose whole or last part is most like that of `key`."""
-
-    def likeness(valid: str) -> float:
-        parts = difflib.SequenceMatcher(None, key.rpartition(".")[2], valid.rpartition(".")[2]).ratio()
-        return parts + difflib.SequenceMatcher(None, key, valid).ratio()
-
-    return max(valid_keys, key=likeness)
-
-
-def _said(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """{section: {key: value}} as {section.key: value}."""
+    found = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
-def _fields():
+def fields():
     """Yields (section or "", key, field) of every setting."""
     for name, field in DistillConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
@@ -447,8 +324,4 @@ def _fields():
             yield "", name, field
 
 
-def _paths() -> list[tuple[str, str]]:
-    return [(section, key) for section, key, field in _fields() if "Path" in str(field.annotation)]
-
-
-_KEYS = [f"{section}.{key}".lstrip(".") for section, key, _ in _fields()]
+KEYS = [f"{section}.{key}".lstrip(".") for section, key, _ in fields()]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from training.run.config import load_config
+from training.run.command_line import load_config
 
 STYLE, PROMPTS = "other of tiny", "a red circle\na blue square\n"
 
