@@ -26,8 +26,16 @@ from avdm2_nodes.files.stack import Stack, StackError, load_image_unet, load_sta
 from avdm2_nodes.files.student import Student, read_student, write_student
 from avdm2_nodes.files.student_info import StudentFileError, StudentInfo
 from avdm2_nodes.files.student_unet import student_unet
-from avdm2_nodes.files.style import StyleFileError, StyleInfo, lora_change, read_style, student_hash, write_style
-from training.data.clips import DataError, needs_clips, write_clips
+from avdm2_nodes.files.style import (
+    StyleFileError,
+    StyleInfo,
+    lora_change,
+    read_style,
+    student_hash,
+    write_style,
+)
+from training.data import DataError
+from training.data.clips import needs_clips, write_clips
 from training.data.latents import Encoder, LatentClips, open_clips
 from training.data.teacher_clips import clips_for_prompts
 from training.data.video import VideoError

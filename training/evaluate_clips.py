@@ -18,7 +18,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is 
 
 import argparse
 
-from training.data.clips import ClipFolder, DataError
+from training.data import DataError
+from training.data.clips import ClipFolder
 from training.data.video import VideoError
 from training.evaluation.backbones import BackboneError, add_arguments, features_of, load_networks
 from training.evaluation.measure import Figure

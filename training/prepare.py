@@ -33,8 +33,9 @@ from torch.utils.data import DataLoader, Dataset
 from avdm2_nodes.diffusion.unets import video_predictor
 from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.stack import Stack, load_stack
+from training.data import DataError
 from training.data.cache import LatentClip, Maker, Unusable, is_cache, space_of, write_cache
-from training.data.clips import ClipFolder, DataError, Entry, needs_clips
+from training.data.clips import ClipFolder, Entry, needs_clips
 from training.data.latents import Encoder
 from training.data.teacher_clips import read_prompts, sampled_clips
 from training.data.video import VideoError

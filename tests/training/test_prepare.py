@@ -16,9 +16,9 @@ import webdataset
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_teacher
 from avdm2_nodes.diffusion.unets import video_predictor
 from training import distill, prepare
-from training.data import teacher_clips
+from training.data import DataError, teacher_clips
 from training.data.cache import Cache, is_cache, space_of
-from training.data.clips import ClipFolder, DataError, write_clips
+from training.data.clips import ClipFolder, write_clips
 from training.data.latents import open_clips
 from training.run.command_line import load_config
 from training.run.config import ROOT, ConfigError, to_yaml

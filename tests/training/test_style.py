@@ -19,7 +19,7 @@ from avdm2_nodes.files.style import StyleFileError, lora_change, read_style, req
 from training import distill
 from training.cost.memory_plan import plan_of
 from training.cost.operations import Inputs, meta_inputs, meta_roles
-from training.data.clips import DataError
+from training.data import DataError
 from training.evaluation.rows import student_method
 from training.method import image_style
 from training.method.discriminator import DiscriminatorHeads

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.stack import Stack
-from training.data.clips import DataError
+from training.data import DataError
 from training.run.checkpoint import write_atomically
 from training.run.config import DataConfig
 

@@ -1,39 +1,29 @@
-"""Captioned video clips in folders and tar shards: found, checked, read, written, and put into an order that numbers alone decide."""
+"""Captioned video clips in folders and tar shards: found, checked, read and written."""
 
-import csv
-import glob
 import hashlib
 import json
 import logging
 import os
-import re
-import tarfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
 from tqdm import tqdm
-from webdataset.tariterators import group_by_keys
 
-from training.data.video import VideoError, read_video, write_video
+from training.data import DataError
+from training.data.captions import caption_beside, read_table
+from training.data.tars import Span, find_tars, is_pattern, read_span, videos_in
+from training.data.video import VIDEO_SUFFIXES, VideoError, read_video, write_video
 
 log = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
-TABLES = ("captions.csv", "captions.jsonl")
-_FILE_KEYS, _CAPTION_KEYS = ("file", "video", "path"), ("caption", "text")
 _UNFINISHED = ".unfinished"  # marks a folder that write_clips has begun and not completed
 _PROGRESS_FROM = 200  # files; checking fewer is over before a bar is read
 _PIECE = 2**16  # bytes
-
-
-class DataError(ValueError):
-    """A data folder that cannot be used; the message is one sentence that names it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ class Entry:
     name: str  # its path in the folder; in a tar shard, shard.tar/clip.mp4
     path: Path  # its file, or the tar shard's
     caption: str
-    span: tuple[int, int] | None = None  # where in the tar shard: first byte, bytes
+    span: Span | None = None  # where in the tar shard
 
     def fingerprint(self) -> str:
         """A hash of the video's size, beginning, middle and end (up to 192 KiB, of all of it); "" for one that cannot be read.
@@ -53,7 +43,7 @@ class Entry:
         try:
             first, size = self.span or (0, self.path.stat().st_size)
             starts = (0, size // 2 - _PIECE // 2, size - _PIECE) if size > 3 * _PIECE else range(0, size, _PIECE)
-            pieces = [_read_span(self.path, (first + start, min(_PIECE, size - start))) for start in starts]
+            pieces = [read_span(self.path, (first + start, min(_PIECE, size - start))) for start in starts]
         except OSError:
             return ""
         return hashlib.sha256(b"".join([str(size).encode(), *pieces])).hexdigest()
@@ -63,7 +53,7 @@ class Entry:
         if self.span is None:
             return read_video(self.path, frames, stride)
         try:
-            data = _read_span(self.path, self.span)
+            data = read_span(self.path, self.span)
         except OSError as error:
             raise VideoError(f"Expected a readable tar shard at {self.path}, found: {error.strerror}; put it back.") from error
         return read_video(self.path / PurePosixPath(self.name).name, frames, stride, data=data)
@@ -157,7 +147,7 @@ def cover(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def needs_clips(folder) -> bool:
     """True when `write_clips` may fill this folder: it is not there, is empty, or an earlier writing was cut short."""
     folder = Path(folder)
-    if _is_pattern(folder):
+    if is_pattern(folder):
         return False
     return not folder.exists() or (folder / _UNFINISHED).exists() or (folder.is_dir() and not any(folder.iterdir()))
 
@@ -196,47 +186,12 @@ def _write_all(folder: Path, clips: Iterable[tuple[np.ndarray, str]], fps: int) 
     marker.unlink()
 
 
-# ---- order ----
-
-
-def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
-    """The permutation of range(length) in which pass `epoch` visits the samples."""
-    return list(_permutation(length, seed, epoch))
-
-
-def indices(position: int, count: int, length: int, seed: int) -> list[int]:
-    """The samples at places position … position + count - 1 of an endless stream of passes, each in its own `epoch_order`.
-
-    Numbers alone decide, no state: a resumed run and any slicing over ranks draw the same samples.
-    """
-    return [_permutation(length, seed, place // length)[place % length] for place in range(position, position + count)]
-
-
-def rank_places(position: int, count: int, rank: int, ranks: int) -> range:
-    """The places of a global batch (position … position + count - 1) that one of `ranks` processes takes: the rank-th equal part.
-
-    All parts together are the batch, none has a place of another's; `indices(places.start, len(places), …)` are their samples.
-    ValueError for a batch that cannot be cut so, or a rank that is none.
-    """
-    if ranks < 1 or count % ranks:
-        raise ValueError(f"Expected a batch that {ranks} processes share equally, found {count} clips; change one of them.")
-    if not 0 <= rank < ranks:
-        raise ValueError(f"Expected a rank from 0 to {ranks - 1}, found {rank}.")
-    part = count // ranks
-    return range(position + rank * part, position + (rank + 1) * part)
-
-
-@lru_cache(maxsize=4)
-def _permutation(length: int, seed: int, epoch: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng([seed, epoch]).permutation(length).tolist())
-
-
 # ---- finding ----
 
 
 def _survey(folder: Path) -> tuple[list[Entry], list[tuple[str, str]]]:
     """(entries with captions, (name, reason) of the videos without)."""
-    if tars := _find_tars(folder):
+    if tars := find_tars(folder):
         return _survey_tars(tars)
     if not folder.is_dir():
         raise DataError(f"Expected a folder of videos at {folder}, found {'a file' if folder.exists() else 'nothing'}.")
@@ -258,154 +213,14 @@ def _survey(folder: Path) -> tuple[list[Entry], list[tuple[str, str]]]:
     return entries, skipped
 
 
-def _is_pattern(path: Path) -> bool:
-    return glob.has_magic(str(path)) and not path.exists()
-
-
-def _find_tars(place: Path) -> list[Path]:
-    """The tar shards that a folder holds or a file's name or pattern stands for; [] for a folder of videos."""
-    if place.is_dir():
-        tars = sorted(place.glob("[!.]*.tar"))
-        if tars and (video := next((p for p in place.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES), None)):
-            raise DataError(f"Expected videos or tar shards in {place}, found {tars[0].name} and {video.name}; keep one kind.")
-        return tars
-    tars = sorted(map(Path, glob.glob(str(place)))) if _is_pattern(place) else [place] if place.suffix == ".tar" else []
-    if _is_pattern(place) and (not tars or any(path.suffix != ".tar" or not path.is_file() for path in tars)):
-        found = next((path.name for path in tars if path.suffix != ".tar" or not path.is_file()), "nothing")
-        raise DataError(f"Expected tar shards at {place}, found {found}; correct the pattern.")
-    return tars
-
-
 def _survey_tars(tars: list[Path]) -> tuple[list[Entry], list[tuple[str, str]]]:
-    """As `_survey`, of the samples that WebDataset sees in its shards: files in a row with the same name up to the first dot."""
     entries, skipped = [], []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        samples = pool.map(_samples, tars)
-        for path, found in tqdm(
-            zip(tars, samples, strict=True), "reading shards", len(tars), disable=len(tars) < 9, leave=False
-        ):
-            for sample in found:
-                suffix = next((s for s in sample if f".{s}" in VIDEO_SUFFIXES), None)
-                if suffix is None:
-                    continue
-                name, caption = f"{path.name}/{sample['__key__']}.{suffix}", _caption_in(path, sample)
-                if caption:
-                    entries.append(Entry(name, path, caption, sample[suffix]))
-                else:
-                    skipped.append((name, f"Expected a caption for {name}, found none; add a .txt or a .json to its sample."))
+    for name, shard, span, caption in videos_in(tars):
+        if caption:
+            entries.append(Entry(name, shard, caption, span))
+        else:
+            skipped.append((name, f"Expected a caption for {name}, found none; add a .txt or a .json to its sample."))
     return entries, skipped
-
-
-def _samples(path: Path) -> list[dict]:
-    """WebDataset's samples of a tar shard, the place (first byte, bytes) of each file in place of what it holds."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            files = [
-                {"fname": member.name, "data": (member.offset_data, member.size), "__url__": str(path)}
-                for member in tar
-                if member.isreg() and not PurePosixPath(member.name).name.startswith((".", "__"))
-            ]
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no end after {len(files)} files")
-        return list(group_by_keys(files))
-    except (tarfile.TarError, OSError, ValueError) as error:  # of webdataset ValueError, for a file that is there twice
-        cause = getattr(error, "strerror", None) or (error.args[0] if error.args else type(error).__name__)
-        raise DataError(
-            f"Expected a whole, uncompressed tar shard at {path}, found: {cause}; copy it again or take it out."
-        ) from error
-
-
-def _caption_in(path: Path, sample: dict) -> str:
-    """The caption in a sample's .txt or .json; "" if it has none that can be read."""
-    try:
-        if "txt" in sample:
-            return _words(_read_span(path, sample["txt"]).decode("utf-8-sig"))
-        found = json.loads(_read_span(path, sample["json"])) if "json" in sample else {}
-    except (OSError, ValueError):
-        return ""
-    caption = _pick(found, _CAPTION_KEYS) if isinstance(found, dict) else None
-    return _words(caption) if isinstance(caption, str) else ""
-
-
-def _read_span(path: Path, span: tuple[int, int]) -> bytes:
-    with path.open("rb") as file:
-        file.seek(span[0])
-        return file.read(span[1])
-
-
-def caption_beside(path: Path) -> str:
-    """The text in the .txt beside a file; "" where there is none that can be read."""
-    try:
-        return _words(path.with_suffix(".txt").read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def read_table(folder: Path) -> dict[str, str]:
-    """{path in the folder: caption} of the folder's table; {} if it has none."""
-    tables = [folder / name for name in TABLES if (folder / name).exists()]
-    if not tables:
-        return {}
-    if len(tables) > 1:
-        raise DataError(f"Expected one table of captions in {folder}, found {' and '.join(TABLES)}; keep one of them.")
-    table = tables[0]
-    captions = {}
-    for line, row in _rows(table):
-        name, caption = _pick(row, _FILE_KEYS), _pick(row, _CAPTION_KEYS)
-        if not isinstance(name, str) or not name.strip():
-            raise DataError(
-                f"Expected a file's name under {_FILE_KEYS[0]!r} in line {line} of {table}, found {name!r}; add it."
-            )
-        place = PurePosixPath(name.strip())
-        if place.is_absolute() or ".." in place.parts or re.match(r"[A-Za-z]:|.*\\", str(place)):
-            raise DataError(
-                f"Expected a path inside {folder} in line {line} of {table}, found {name!r}; write it relative to that, with /."
-            )
-        if str(place) in captions:
-            raise DataError(f"Expected each file once in {table}, found {name!r} again in line {line}; remove one.")
-        captions[str(place)] = _words(caption) if isinstance(caption, str) else ""
-    return captions
-
-
-def _rows(table: Path):
-    """Yields (line number, row as a dict)."""
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            if table.suffix == ".csv":
-                reader = csv.DictReader(file)
-                if not set(reader.fieldnames or ()) & set(_FILE_KEYS) or not set(reader.fieldnames) & set(_CAPTION_KEYS):
-                    raise DataError(
-                        f"Expected a first line with the columns file,caption in {table}, found {reader.fieldnames}; add it."
-                    )
-                for row in reader:
-                    yield reader.line_num, row
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise DataError(
-                            f"Expected a JSON object with file and caption in line {number} of {table}, "
-                            f"found {line.strip()[:60]!r}; correct it."
-                        )
-                    yield number, row
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"Expected one JSON object a line in {table}, found in line {number}: {error.msg}; correct it."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"Expected {table} in UTF-8, found another encoding; save it as UTF-8.") from error
-    except (csv.Error, OSError) as error:
-        raise DataError(f"Expected a readable table of captions at {table}, found: {error}.") from error
-
-
-def _pick(row: dict, keys: tuple[str, ...]):
-    return next((row[key] for key in keys if row.get(key) is not None), None)
-
-
-def _words(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _name(folder: Path, path: Path) -> str:

@@ -8,8 +8,8 @@ import torch
 
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_teacher
 from avdm2_nodes.diffusion.unets import Predictor
+from training.data import DataError
 from training.data.cache import Cache, LatentClip, Maker, Unusable, space_of, write_cache
-from training.data.clips import DataError
 from training.data.latents import Encoder, LatentClips, Prompts
 from training.run.config import DistillConfig
 from training.run.precision import autocast, uses_bf16

@@ -8,6 +8,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 _MPEG_RANGE, _BT601 = int(ColorRange.MPEG), int(Colorspace.ITU601)
 
 

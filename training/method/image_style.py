@@ -17,7 +17,9 @@ from avdm2_nodes.diffusion.unets import Predictor, image_predictor
 from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.lora import lora_products
 from avdm2_nodes.files.stack import Stack
-from training.data.clips import DataError, caption_beside, cover, read_table
+from training.data import DataError
+from training.data.captions import caption_beside, read_table
+from training.data.clips import cover
 from training.method.adapters import Adapters
 from training.method.stage import adamw, run_stage
 from training.run.checkpoint import write_atomically

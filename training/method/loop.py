@@ -13,8 +13,8 @@ from tqdm import tqdm
 from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise, teacher_x0
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO, Schedule
 from avdm2_nodes.diffusion.sdm import score_pair, sdm_gradient
-from training.data.clips import indices, rank_places
 from training.data.latents import LatentClips
+from training.data.order import indices, rank_places
 from training.method.discriminator import DiscriminatorHeads
 from training.method.ema import EMA
 from training.method.learner import Learner, new_optimiser

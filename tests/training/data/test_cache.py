@@ -4,8 +4,8 @@ import resource
 import pytest
 import torch
 
+from training.data import DataError
 from training.data.cache import Cache, LatentClip, Unusable, is_cache, write_cache
-from training.data.clips import DataError
 
 SPACE = {"vae": "a", "text_encoder": "b", "tokenizer": "c", "frames": 3, "height": 16, "width": 24, "stride": 2}
 SOURCE = {"kind": "numbers"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from training.data.clips import epoch_order
+from training.data.order import epoch_order
 from training.method.learner import MAX_BAD_STEPS, DivergedError
 from training.method.loop import train
 from training.run.checkpoint import Checkpoints
