@@ -31,9 +31,9 @@ from training.cost.memory_plan import memory_plan
 from training.run import console
 from training.run.command_line import load_config
 from training.run.config import ROOT
+from training.run.console import between
 from training.run.precision import pick_device, uses_bf16
 from training.run.timing import interleaved, matmul_ceiling
-from training.sample import between
 
 logger = logging.getLogger("benchmarks")
 

@@ -27,7 +27,7 @@ from avdm2_nodes.files.student_unet import student_unet
 from benchmarks import nodes
 from benchmarks.cost import SD15_UNET, SD15_VAE, STUDENT_STEPS, TEACHER_STEPS
 from training.cost.operations import TOKENS
-from training.sample import student_sampler, teacher_sampler
+from training.evaluation.sampling import student_sampler, teacher_sampler
 
 GUIDANCE = 3.0
 

@@ -48,8 +48,8 @@ def measure(teacher: Path | None, options: list[str], threads: int, repetitions:
 def _measure(teacher: Path | None, options: list[str], threads: int, repetitions: int) -> dict:
     from avdm2_nodes.files.stack import load_stack
     from benchmarks.subjects import random_stack
-    from training.distill import new_heads, new_roles
     from training.method.loop import Distillation
+    from training.method.setup import new_heads, new_roles
     from training.run.command_line import load_config
     from training.run.precision import pick_device, uses_bf16
     from training.run.timing import interleaved, peak_bytes, resident_bytes

@@ -8,10 +8,10 @@ from diffusers import AutoencoderTiny, MotionAdapter, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from avdm2_nodes.files.stack import load_stack
-from training.distill import new_roles
 from training.evaluation.feature_net import FeatureConfig, VideoFeatures, save_features
 from training.method.discriminator import DiscriminatorHeads
 from training.method.loop import Distillation
+from training.method.setup import new_roles
 from training.miniature.models import write_tokenizer
 from training.run.config import from_yaml
 from training.world import scenes

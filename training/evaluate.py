@@ -21,10 +21,9 @@ import json
 import logging
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
-import numpy as np
 import torch
 
 from avdm2_nodes.diffusion.samplers import student_timesteps
@@ -38,32 +37,29 @@ from avdm2_nodes.files.student import Student, read_student
 from avdm2_nodes.files.student_info import StudentInfo
 from avdm2_nodes.files.student_unet import student_unet
 from training.data.clips import ClipFolder
-from training.distill import EXPECTED_ERRORS, distil, feature_net
+from training.distill import distil
 from training.evaluation.backbones import BackboneError, add_arguments, load_networks
-from training.evaluation.feature_net import content_hash
-from training.evaluation.measure import BETTER, PUBLIC_BETTER, Figure
-from training.evaluation.pictures import animated, contact_sheet, plot_table
-from training.evaluation.report import markdown_table, write_report
-from training.evaluation.rows import Bench, Method, VideoBench, kept, steps_in_words, student_method, teacher_method
+from training.evaluation.feature_net import content_hash, load_features_of
+from training.evaluation.rows import Bench, Method, VideoBench, steps_in_words, student_method, teacher_method
+from training.evaluation.table import Table
+from training.method.errors import EXPECTED_ERRORS
 from training.run import console
 from training.run.checkpoint import Checkpoints, write_atomically
 from training.run.command_line import load_config
-from training.run.config import ROOT, DistillConfig, to_yaml
+from training.run.config import MODEL, ROOT, DistillConfig, to_yaml
+from training.run.console import between, scale
 from training.run.folder import RunFolder
 from training.run.precision import pick_device
-from training.sample import between, scale
 
 logger = logging.getLogger("evaluate")
 
-PLOTTED = ("accuracy", "Fréchet distance", "KID", "motion error", "coverage", "diversity", *PUBLIC_BETTER)
 SHARED = "warm-up only", ["--run.updates", "0"]  # the run that all ablations begin as, and go on from
-SHOWN = 4  # prompts in the pictures
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_help = "the teacher: a diffusers folder or an SD1.5 checkpoint (default: the miniature)"
-    parser.add_argument("--model", type=Path, default=ROOT / "miniature", metavar="PATH", help=model_help)
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="PATH", help=model_help)
     parser.add_argument("--motion", type=Path, metavar="PATH", help="motion modules, where the teacher's folder has none")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="CLIP's vocabulary, for a checkpoint in one file")
     student_help = "student file, or an AnimateDiff-Lightning or AnimateLCM module (default: the teacher's student.safetensors)"
@@ -116,7 +112,7 @@ def new_bench(
 ) -> tuple[Bench | VideoBench, dict[str, str]]:
     """Who measures the rows, and that in words. The errors of the files that it is made of."""
     if args.real is None:
-        net = feature_net(stack)
+        net = load_features_of(stack)
         words = {
             "prompts": "held-out combinations of the caption grammar, the same prompts and seeds in every row",
             "feature net": f"sha256 {content_hash(stack.folder / 'feature_net.safetensors')[:12]}",
@@ -190,73 +186,6 @@ def branch(source: Path, folder: Path, config: DistillConfig) -> None:
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     write_atomically(folder / "checkpoints" / newest.name, lambda temporary: shutil.copy(newest, temporary))
-
-
-def insert(readme: Path, section: str, table: str, about: dict) -> None:
-    """Puts a table and what it was measured with between a section's markers, `<!-- section -->` and `<!-- end of section -->`."""
-    begin, end = f"<!-- {section} -->", f"<!-- end of {section} -->"
-    head, _, rest = readme.read_text().partition(begin)
-    _, _, tail = rest.partition(end)
-    facts = "; ".join(f"{key}: {value}" for key, value in about.items())
-    readme.write_text(f"{head}{begin}\n{table}\n{facts}.\n{end}{tail}")
-
-
-class Table:
-    """Rows, each measured once and kept in `folder`."""
-
-    def __init__(self, bench: Bench | VideoBench, folder: Path):
-        self.bench, self.folder = bench, folder
-        self.rows: dict[str, dict[str, Figure]] = {}
-        self.costs: dict[str, dict] = {}
-        self.shown: dict[str, list[np.ndarray]] = {}
-        self.reference = kept(self._path("reference"), bench.reference)
-
-    def add(self, name: str, make: Callable[[], np.ndarray]) -> None:
-        """A row of the clips that `make` gives."""
-        self._add(name, lambda: (make(), 0.0))
-
-    def add_method(self, method: Method, of: str = "") -> None:
-        """A row of the clips that a method samples, with its cost; `of` says what else than the name its clips depend on."""
-        seconds = self._add(method.name, lambda: self.bench.sample(method), of)
-        of_images = {"image evaluations": method.image_evaluations} if method.image_evaluations else {}
-        self.costs[method.name] = {"evaluations": method.evaluations, **of_images, "seconds": seconds}
-
-    def add_runs(self, name: str, methods: list[Method]) -> None:
-        """One row for several training seeds: the mean of each figure, and the range of the seeds as its interval."""
-        for method in methods:
-            self.add_method(method)
-        runs = [self.rows.pop(method.name) for method in methods]
-        self.costs[name] = {"evaluations": methods[0].evaluations, "seconds": self.costs[methods[0].name]["seconds"]}
-        self.shown[name] = self.shown[methods[0].name]
-        for method in methods:
-            del self.costs[method.name], self.shown[method.name]
-        values = {key: [run[key][0] for run in runs] for key in runs[0]}
-        self.rows[name] = {key: (float(np.mean(v)), min(v), max(v)) for key, v in values.items()}
-
-    def write(self, about: dict, readme: Path | None) -> None:
-        """report.json, report.md, clips.png, clips.webp, plot.png; and the table into `readme`, between its markers."""
-        write_report(self.folder, "What distillation buys", self.rows, self.costs, about)
-        captions = self.bench.prompts[:SHOWN]
-        contact_sheet(self.shown, captions, self.folder / "clips.png")
-        animated(self.shown, self.folder / "clips.webp", captions=captions)
-        plotted = {name: {key: row[key] for key in PLOTTED if key in row} for name, row in self.rows.items()}
-        plot_table(plotted, self.folder / "plot.png", better=BETTER | PUBLIC_BETTER)
-        if readme is not None:
-            insert(readme, "results", markdown_table(self.rows, self.costs), about)
-
-    def _add(self, name: str, make: Callable[[], tuple[np.ndarray, float]], of: str = "") -> float:
-        def measured() -> dict[str, np.ndarray]:
-            logger.info("Measuring: %s", name)
-            clips, seconds = make()
-            return self.bench.measure(clips) | {"shown": clips[:SHOWN], "seconds": np.array([seconds])}
-
-        row = kept(self._path(f"{name} {of}".rstrip()), measured)
-        self.shown[name] = list(row["shown"])
-        self.rows[name] = self.bench.figures(row, self.reference)
-        return float(row["seconds"][0])
-
-    def _path(self, name: str) -> Path:
-        return self.folder / "rows" / ("".join(c if c.isalnum() else "-" for c in name) + ".safetensors")
 
 
 if __name__ == "__main__":

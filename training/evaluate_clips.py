@@ -25,8 +25,8 @@ from training.evaluation.backbones import BackboneError, add_arguments, features
 from training.evaluation.measure import Figure
 from training.evaluation.report import write_report
 from training.run import console
+from training.run.console import between
 from training.run.precision import pick_device
-from training.sample import between
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

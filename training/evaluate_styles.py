@@ -38,16 +38,16 @@ from avdm2_nodes.files.student import Student, read_student
 from avdm2_nodes.files.student_info import StudentInfo
 from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import StyleFileError, lora_change, read_style, require_student
-from training.distill import EXPECTED_ERRORS, feature_net
-from training.evaluate import Table, insert
-from training.evaluation.feature_net import content_hash
+from training.evaluation.feature_net import content_hash, load_features_of
 from training.evaluation.pictures import contact_sheet
 from training.evaluation.report import markdown_table, write_report
 from training.evaluation.rows import Bench, Method, student_method, teacher_method
+from training.evaluation.table import Table, insert
+from training.method.errors import EXPECTED_ERRORS
 from training.run import console
-from training.run.config import ROOT
+from training.run.config import MODEL, ROOT
+from training.run.console import between, scale
 from training.run.precision import pick_device
-from training.sample import between, scale
 from training.world import scenes
 
 logger = logging.getLogger("evaluate_styles")
@@ -65,7 +65,7 @@ FIGURES = (
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_help = "the student's teacher, a diffusers folder with a rendered world's feature net (default: the miniature)"
-    parser.add_argument("--model", type=Path, default=ROOT / "miniature", metavar="FOLDER", help=model_help)
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help=model_help)
     student_help = "student file (default: the teacher's student.safetensors)"
     parser.add_argument("--student", type=Path, metavar="FILE", help=student_help)
     style_help = "the image model whose style is wanted (default: the teacher's styles/neon)"
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     stack, style = load_stack(args.model), load_image_unet(args.style).to(device)
     stack.image_unet.to(device)
     student = read_student(args.student)
-    bench = Bench(stack, feature_net(stack), args.clips, style=args.look, judge_style=True, device=device)
+    bench = Bench(stack, load_features_of(stack), args.clips, style=args.look, judge_style=True, device=device)
     about = {
         "clips a row": len(bench.prompts),
         "style": f"{args.style.name}, as an image model and as rendered clips, which the distances are to",

@@ -14,7 +14,7 @@ from avdm2_nodes.files.stack import StackError, load_stack
 from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.student_info import StudentFileError
 from training.run import console
-from training.run.config import ROOT
+from training.run.config import MODEL
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -29,7 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--out", type=Path, required=True, metavar="FOLDER", help="where it is written; for diffusers a new folder"
     )
     model_help = "for diffusers the student's base: a diffusers folder or an SD1.5 checkpoint (default: the miniature)"
-    parser.add_argument("--model", type=Path, default=ROOT / "miniature", metavar="PATH", help=model_help)
+    parser.add_argument("--model", type=Path, default=MODEL, metavar="PATH", help=model_help)
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="CLIP's vocabulary, for a checkpoint in one file")
     return parser.parse_args(argv)
 

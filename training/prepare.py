@@ -16,36 +16,27 @@ if __name__ == "__main__":
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
 import argparse
-import contextlib
-import hashlib
-import json
 import logging
-import multiprocessing
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from avdm2_nodes.diffusion.unets import video_predictor
 from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.stack import Stack, load_stack
 from training.data import DataError
-from training.data.cache import LatentClip, Maker, Unusable, is_cache, space_of, write_cache
-from training.data.clips import ClipFolder, Entry, needs_clips
+from training.data.cache import Unusable, is_cache, space_of, write_cache
+from training.data.clips import ClipFolder, needs_clips
 from training.data.latents import Encoder
+from training.data.sources import render_clips
 from training.data.teacher_clips import read_prompts, sampled_clips
-from training.data.video import VideoError
-from training.distill import EXPECTED_ERRORS, render_clips
+from training.data.workers import encoded_videos, told_of_workers
+from training.method.errors import EXPECTED_ERRORS
 from training.run import console
 from training.run.command_line import load_config
 from training.run.config import DistillConfig
+from training.run.console import between
 from training.run.folder import RunFolder
 from training.run.precision import pick_device, uses_bf16
-from training.sample import between
 
 logger = logging.getLogger("prepare")
 
@@ -100,7 +91,7 @@ def prepare(args: argparse.Namespace, config: DistillConfig) -> None:
     source["precision"] = "bf16" if uses_bf16(device, config.run.precision) else "float32"
     with (
         RunFolder(args.out, count * _clip_bytes(config, stack, encoder) - _written_bytes(args.out), "--out"),
-        _told_of_workers(),
+        told_of_workers(),
     ):
         usable, skipped = write_cache(args.out, space, source, count, args.shard_clips, make)
     for clip in skipped:
@@ -113,9 +104,6 @@ def prepare(args: argparse.Namespace, config: DistillConfig) -> None:
     )
 
 
-# ---- from videos ----
-
-
 def open_videos(config: DistillConfig) -> ClipFolder:
     """The captioned videos of `data.folder`, none decoded yet. DataError where there are none, or a cache in their place."""
     data = config.data
@@ -124,75 +112,6 @@ def open_videos(config: DistillConfig) -> ClipFolder:
     if data.render and needs_clips(data.folder):
         render_clips(config)
     return ClipFolder(data.folder, data.frames, data.height, data.width, data.stride, check=False)
-
-
-class _Frames(Dataset):
-    """What worker processes make of a clip: its frames (F, H, W, 3) uint8, or why it cannot be used."""
-
-    def __init__(self, clips: ClipFolder):
-        self.clips = clips
-
-    def __getitem__(self, index: int) -> np.ndarray | str:
-        try:
-            return self.clips.read(index).numpy()
-        except VideoError as error:
-            return str(error)
-
-
-def _as_it_is(item):
-    return item
-
-
-def _end_with_parent(worker: int) -> None:
-    """A worker whose command was killed would wait for ever to hand over its clip."""
-    parent = multiprocessing.parent_process().pid
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _told_of_workers() -> Iterator[None]:
-    """The end of a process that decodes as DataError. PyTorch raises it wherever this process then is: encoding, or writing a shard."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"Expected the processes that decode to go on, found: {str(error).splitlines()[0]}; "
-            "lower --workers if memory is short, and give the command again: it goes on."
-        ) from error
-
-
-def encoded_videos(clips: ClipFolder, encoder: Encoder, workers: int) -> tuple[dict, Maker]:
-    """(what the clips are made of, their maker): decoded by worker processes a few clips ahead, encoded one by one in their order."""
-    entries = hashlib.sha256()
-    with ThreadPoolExecutor(8) as pool:  # waits for the disk
-        for entry, fingerprint in zip(clips.entries, pool.map(Entry.fingerprint, clips.entries), strict=True):
-            entries.update(json.dumps([entry.name, entry.caption, fingerprint]).encode())
-
-    def make(parts: Sequence[range]) -> Iterator[LatentClip | Unusable]:
-        order = [i for part in parts for i in part]
-        # Arrays go through a pipe, not through shared memory, of which containers have little.
-        frames = DataLoader(
-            _Frames(clips), None, sampler=order, num_workers=workers, collate_fn=_as_it_is, worker_init_fn=_end_with_parent
-        )
-        for i, found in zip(order, frames, strict=True):
-            entry = clips.entries[i]
-            if isinstance(found, str):
-                yield Unusable(entry.name, found)
-            else:
-                yield LatentClip(entry.name, entry.caption, encoder.clip(torch.from_numpy(found)), encoder.text(entry.caption))
-
-    return {"kind": "videos", "videos": entries.hexdigest()}, make
-
-
-# ---- room ----
 
 
 def _require_room_for_a_cache(folder: Path) -> None:

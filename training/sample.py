@@ -8,154 +8,38 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import math
-from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from diffusers import UNet2DConditionModel, UNetMotionModel
-from torch import Tensor
 from tqdm import tqdm
 
-from avdm2_nodes.diffusion.guidance import in_turn, pull_generators, pulled
 from avdm2_nodes.diffusion.precision import decoding_dtype, sampling_dtype
-from avdm2_nodes.diffusion.samplers import (
-    Callback,
-    Chain,
-    Generators,
-    Refine,
-    draw_noise,
-    sample_student,
-    sample_teacher,
-    student_timesteps,
-)
 from avdm2_nodes.diffusion.schedules import TRAIN_TIMESTEPS
-from avdm2_nodes.diffusion.style import StyleChange, StyleError, add_change, require_same_family
-from avdm2_nodes.diffusion.unets import image_predictor, video_predictor
-from avdm2_nodes.diffusion.windows import ANIMATEDIFF_FRAMES, windowed
+from avdm2_nodes.diffusion.style import StyleError
 from avdm2_nodes.files.containers import FileFormatError
 from avdm2_nodes.files.peers import is_peer, load_peer
-from avdm2_nodes.files.stack import Stack, StackError, load_image_unet, load_stack
-from avdm2_nodes.files.student import Student, read_student
+from avdm2_nodes.files.stack import StackError, load_stack
+from avdm2_nodes.files.student import read_student, student_timesteps
 from avdm2_nodes.files.student_info import StudentFileError
 from avdm2_nodes.files.student_unet import student_unet
-from avdm2_nodes.files.style import StyleFileError, is_style, lora_change, read_style, require_student
+from avdm2_nodes.files.style import StyleFileError
 from avdm2_nodes.files.taesd import load_taesd_file
 from training.data.video import VideoError, write_video
+from training.evaluation.sampling import (
+    STYLE_MODES,
+    SampleError,
+    add_styles,
+    generate,
+    student_sampler,
+    style_guide,
+    teacher_sampler,
+    teacher_size,
+)
 from training.run import console
-from training.run.config import ROOT
+from training.run.config import MODEL, STUDENT
+from training.run.console import between, scale
 from training.run.precision import pick_device
 
-MODEL = ROOT / "miniature"
-STUDENT = MODEL / "student.safetensors"
 TEACHER_STEPS, TEACHER_GUIDANCE = 25, 3.0
-STYLE_MODES = ("guidance", "transplant")
-
-# (noise (B, C, F, h, w), text (B, L, D), generators, callback) -> clips in model space (B, C, F, h, w)
-Sampler = Callable[[Tensor, Tensor, Generators, Callback | None], Tensor]
-# (text (B, L, D), the clips' generators) -> how a style pulls those clips after each step
-Guide = Callable[[Tensor, Generators], Refine]
-
-
-class SampleError(ValueError):
-    """A clip that cannot be sampled; the message is one sentence."""
-
-
-def student_sampler(
-    unet: UNetMotionModel,
-    timesteps: Sequence[int],
-    window: int,
-    chain: Chain = "renoise",
-    backend: str | None = None,
-    guides: Sequence[Guide] = (),
-) -> Sampler:
-    """The student's own chain over `timesteps`, longer clips in windows of `window` frames; `backend` is `video_predictor`'s."""
-    predict = windowed(video_predictor(unet, backend), window)
-    return lambda noise, text, generators, callback=None: sample_student(
-        predict, noise, text, timesteps, generators, callback, None, in_turn([g(text, generators) for g in guides]), chain
-    )
-
-
-def style_guide(
-    style: UNet2DConditionModel, source: UNet2DConditionModel, empty_text: Tensor, strength: float, number: int = 0
-) -> Guide:
-    """Guidance by the style's image model against the student's own, `source`; `number` counts the guides, each with its own noise."""
-    predictors = image_predictor(style), image_predictor(source)
-
-    def guide(text: Tensor, generators: Generators) -> Refine:
-        alone = isinstance(generators, torch.Generator)
-        own = pull_generators((g.initial_seed() for g in ([generators] if alone else generators)), number)
-        return pulled(*predictors, text, empty_text, strength, own[0] if alone else own)
-
-    return guide
-
-
-def add_styles(
-    styles: Iterable[tuple[Path, float]], mode: str, student: Student, unet: UNetMotionModel, stack: Stack
-) -> list[tuple[UNet2DConditionModel, float]]:
-    """Adds styles, (path, strength) each, to the student's UNet in place; returns those that are to guide, as image models.
-
-    Style files, and by `mode` "transplant" image models, go into its weights. StackError, StyleError or StyleFileError.
-    """
-    guiding = []
-    for path, strength in styles:
-        if is_style(path):
-            style = read_style(path)
-            require_student(style, student)
-            add_change(unet, lora_change(style), strength)
-        else:
-            style = load_image_unet(path)
-            require_same_family(style, stack.image_unet)
-            if mode == "transplant":
-                add_change(unet, StyleChange(stack.image_unet, style), strength)
-            elif strength != 0:
-                guiding.append((style, strength))
-    return guiding
-
-
-def teacher_sampler(
-    unet: UNetMotionModel,
-    empty_text: Tensor,
-    steps: int,
-    guidance: float,
-    window: int = ANIMATEDIFF_FRAMES,
-    backend: str | None = None,
-) -> Sampler:
-    """The teacher's guided steps, trailing, windows as the student's; all its randomness is the noise. empty_text (1, L, D)."""
-    predict = windowed(video_predictor(unet, backend), window)
-    return lambda noise, text, generators, callback=None: sample_teacher(
-        predict, noise, text, empty_text, steps, guidance, callback=callback
-    )
-
-
-@torch.no_grad()
-def generate(
-    sampler: Sampler,
-    stack: Stack,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    frames: int,
-    height: int,
-    width: int,
-    callback: Callback | None = None,
-) -> Tensor:
-    """One clip a prompt, (B, frames, height, width, 3) uint8 on the CPU; the randomness of clip i is seeds[i]'s alone.
-
-    height and width are pixels. Runs on the text encoder's device. SampleError for a size that the VAE cannot make.
-    """
-    factor = stack.pixels
-    if height % factor or width % factor:
-        raise SampleError(f"Expected --height and --width as multiples of {factor}, found {height} and {width}; change them.")
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    text = stack.encode_text(list(prompts))
-    shape = (len(prompts), stack.vae.config.latent_channels, frames, height // factor, width // factor)
-    return stack.decode_clips(sampler(draw_noise(shape, generators, text.device), text, generators, callback))
-
-
-def teacher_size(stack: Stack) -> tuple[int, int]:
-    """Height and width in pixels that the image UNet was made for."""
-    size, factor = stack.image_unet.config.sample_size, stack.pixels
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return height * factor, width * factor
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -212,28 +96,6 @@ def numbered(out: Path, count: int) -> list[Path]:
         return [out]
     digits = len(str(count))
     return [out.with_name(f"{out.stem}-{i:0{digits}d}{out.suffix}") for i in range(1, count + 1)]
-
-
-def between(low: int, high: int) -> Callable[[str], int]:
-    """A type for argparse."""
-
-    def whole_number(text: str) -> int:
-        if not (text.isdecimal() and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, found {text!r}")
-        return int(text)
-
-    return whole_number
-
-
-def scale(text: str) -> float:
-    """A type for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number from 0, found {text!r}")
-    return value
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from avdm2_nodes.files.student import read_student, write_student
 from avdm2_nodes.files.student_info import StudentInfo
 from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import StyleInfo, student_hash, write_style
-from training.sample import student_sampler, teacher_sampler
+from training.evaluation.sampling import student_sampler, teacher_sampler
 
 ROOT = Path(__file__).resolve().parents[2]
 HOW_TO_RUN = "COMFYUI_DIR=/path/to/ComfyUI python -m pytest tests/avdm2_nodes, with a Python that has its requirements and ours"

@@ -26,7 +26,7 @@ from avdm2_nodes.files.student_info import StudentInfo
 from avdm2_nodes.files.student_unet import student_unet
 from tests.avdm2_nodes.conftest import HOW_TO_RUN, PROMPT, ROOT
 from tests.avdm2_nodes.live import RUN, Client, Server
-from training.sample import generate, student_sampler
+from training.evaluation.sampling import generate, student_sampler
 
 pytestmark = pytest.mark.slow
 

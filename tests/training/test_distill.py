@@ -17,7 +17,7 @@ from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.student_unet import student_unet
 from training.data.clips import write_clips
-from training.distill import export
+from training.method.export import export
 from training.run.checkpoint import Checkpoints
 from training.run.command_line import load_config
 from training.run.config import ROOT, to_yaml

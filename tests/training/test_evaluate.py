@@ -17,7 +17,9 @@ from training import evaluate
 from training.data.clips import write_clips
 from training.distill import distil
 from training.evaluation.backbones import BackboneError, load_clip
+from training.evaluation.feature_net import load_features_of
 from training.evaluation.rows import Bench, Method
+from training.evaluation.table import Table
 from training.run.command_line import load_config
 from training.run.folder import RunFolder
 
@@ -122,8 +124,8 @@ def test_rows_that_were_measured_are_not_sampled_again(run, monkeypatch):
 
 
 def test_a_row_of_several_seeds_is_their_mean_and_range(stack, tmp_path):
-    bench = Bench(stack, evaluate.feature_net(stack), 6)
-    table = evaluate.Table(bench, tmp_path)
+    bench = Bench(stack, load_features_of(stack), 6)
+    table = Table(bench, tmp_path)
     real = [bench.real_clips(draw) for draw in (1, 2)]
     methods = [Method(f"seed {i}", lambda *_: None, 4) for i in range(2)]
     bench.sample = lambda method: (real[int(method.name[-1])], 0.25)

@@ -15,6 +15,7 @@ import webdataset
 
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_teacher
 from avdm2_nodes.diffusion.unets import video_predictor
+from avdm2_nodes.files.student import read_student
 from training import distill, prepare
 from training.data import DataError, teacher_clips
 from training.data.cache import Cache, is_cache, space_of
@@ -169,7 +170,7 @@ def test_training_on_the_cache_is_training_on_the_videos(settings, prepared, tmp
     for name, arguments in {"raw": [], "cached": ["--data.folder", str(prepared)]}.items():
         config = load_config(["--config", str(settings()), *arguments, "--run.folder", str(tmp_path / name)])
         with RunFolder(config.run.folder) as folder:
-            students.append(distill.read_student(distill.distil(config, folder, report=False)).tensors)
+            students.append(read_student(distill.distil(config, folder, report=False)).tensors)
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
 
 

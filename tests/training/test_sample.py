@@ -23,6 +23,7 @@ from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import StyleInfo, student_hash, write_style
 from training import sample
 from training.data.video import read_video
+from training.evaluation import sampling
 from training.miniature.models import new_image_unet, new_motion_adapter, new_text_encoder, write_tokenizer
 from training.miniature.vae import new_vae
 from training.run.config import ROOT
@@ -149,7 +150,7 @@ def test_taesd_decodes_and_the_unet_may_be_compiled(command, tmp_path, monkeypat
 
 def test_teacher_size_is_the_image_unets(model):
     stack = load_stack(model, with_motion=False)
-    assert sample.teacher_size(stack) == (64, 64)
+    assert sampling.teacher_size(stack) == (64, 64)
 
 
 def test_other_steps_and_sizes_and_a_partial_student(command, tmp_path):
@@ -170,8 +171,8 @@ def test_a_peer_is_sampled_by_its_own_chain(command, model, tmp_path, capsys):
 
     student = load_peer(path, stack.image_unet)
     unet = student_unet(student, stack.image_unet)
-    sampler = sample.student_sampler(unet, (999, 499), 16, "euler")
-    frames = sample.generate(sampler, stack, ["a red circle"], [0], 3, 16, 24)[0]
+    sampler = sampling.student_sampler(unet, (999, 499), 16, "euler")
+    frames = sampling.generate(sampler, stack, ["a red circle"], [0], 3, 16, 24)[0]
     generator = torch.Generator().manual_seed(0)
     noise = draw_noise((1, 4, 3, 2, 3), generator)
     with torch.no_grad():
@@ -194,8 +195,8 @@ def test_clips_are_those_of_the_chain(model):
     unet = student_unet(read_student(model / "motion.safetensors"), stack.image_unet)
     prompts, seeds = ["a red circle", "a blue square"], [3, 4]
     steps = []
-    sampler = sample.student_sampler(unet, TIMESTEPS, 8)
-    clips = sample.generate(sampler, stack, prompts, seeds, 3, 16, 24, lambda done, x0: steps.append((done, x0.dtype)))
+    sampler = sampling.student_sampler(unet, TIMESTEPS, 8)
+    clips = sampling.generate(sampler, stack, prompts, seeds, 3, 16, 24, lambda done, x0: steps.append((done, x0.dtype)))
     assert clips.shape == (2, 3, 16, 24, 3) and clips.dtype == torch.uint8
     assert steps == [(1, torch.float32), (2, torch.float32)]
     for i in range(2):
@@ -279,8 +280,10 @@ def test_a_guided_clip_is_that_of_the_pulled_chain(model, styles):
     stack, other = load_stack(model, with_motion=False), load_image_unet(styles / "other")
     unet = student_unet(read_student(model / "motion.safetensors"), stack.image_unet)
     empty, text = stack.encode_text([""]), stack.encode_text(["a red circle"])
-    guides = [sample.style_guide(other, stack.image_unet, empty, s, i) for i, s in enumerate((0.5, 0.25))]
-    clip = sample.generate(sample.student_sampler(unet, TIMESTEPS, 8, guides=guides), stack, ["a red circle"], [7], 3, 16, 24)
+    guides = [sampling.style_guide(other, stack.image_unet, empty, s, i) for i, s in enumerate((0.5, 0.25))]
+    clip = sampling.generate(
+        sampling.student_sampler(unet, TIMESTEPS, 8, guides=guides), stack, ["a red circle"], [7], 3, 16, 24
+    )
     generator = torch.Generator().manual_seed(7)
     noise = draw_noise((1, 4, 3, 2, 3), generator)
     pair = image_predictor(other), image_predictor(stack.image_unet)
@@ -297,7 +300,7 @@ def test_a_guided_clip_is_that_of_the_pulled_chain(model, styles):
 def test_a_transplant_at_strength_1_is_the_student_on_the_other_base(model, styles):
     stack, student = load_stack(model), read_student(model / "motion.safetensors")
     unet = student_unet(student, stack.image_unet)
-    assert sample.add_styles([(styles / "other", 1.0)], "transplant", student, unet, stack) == []
+    assert sampling.add_styles([(styles / "other", 1.0)], "transplant", student, unet, stack) == []
     expected = dict(video_unet(load_image_unet(styles / "other"), stack.motion).named_parameters())
     for name, weight in unet.named_parameters():
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
@@ -308,7 +311,7 @@ def test_a_style_that_does_not_fit(command, model, styles, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("Expected the student motion (hash ")
     narrow = UNet2DConditionModel.from_config(dict(new_image_unet().config) | {"cross_attention_dim": 24})
     narrow.save_pretrained(tmp_path / "narrow")
-    for mode in sample.STYLE_MODES:
+    for mode in sampling.STYLE_MODES:
         assert command("--style", str(tmp_path / "narrow"), "--style-mode", mode) == 1
         assert capsys.readouterr().err.startswith("Expected a style of the student's family")
     assert command("--style", str(tmp_path / "none.safetensors")) == 1

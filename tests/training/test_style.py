@@ -12,6 +12,7 @@ from avdm2_nodes.diffusion.style import StyleError, add_change, style_change
 from avdm2_nodes.diffusion.unets import image_predictor, video_predictor
 from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.lora import lora_products
+from avdm2_nodes.files.stack import load_image_unet
 from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.student_info import StudentFileError
 from avdm2_nodes.files.student_unet import student_unet
@@ -20,10 +21,13 @@ from training import distill
 from training.cost.memory_plan import plan_of
 from training.cost.operations import Inputs, meta_inputs, meta_roles
 from training.data import DataError
+from training.evaluation import run_report
 from training.evaluation.rows import student_method
 from training.method import image_style
 from training.method.discriminator import DiscriminatorHeads
+from training.method.export import export
 from training.method.roles import begin_with, build_roles
+from training.method.setup import new_roles
 from training.run.command_line import load_config
 from training.run.config import ConfigError, to_yaml
 from training.run.folder import RunFolder, RunFolderError
@@ -76,7 +80,7 @@ def student(work, stack_folder, make_config, _loaded_stack, make_distillation, r
     run.update(0, random_clips)
     (work / "first").mkdir()
     with RunFolder(work / "first") as folder:
-        path = distill.export(config, folder, _loaded_stack, run.roles, None)
+        path = export(config, folder, _loaded_stack, run.roles, None)
     path.rename(work / "student.safetensors")
     return read_student(work / "student.safetensors")
 
@@ -104,9 +108,9 @@ def finished(settings, student, work):
 
 def test_its_pictures_show_the_student_without_and_with_the_style(finished, settings, student, stack, work, monkeypatch):
     config, device = load_config(["--config", str(settings())]), torch.device("cpu")
-    gallery, shown = distill.new_gallery(config, stack, ["a large red circle"], device), {}
-    monkeypatch.setattr(distill, "contact_sheet", lambda rows, *_: shown.update(rows))
-    distill.write_run_report(
+    gallery, shown = run_report.new_gallery(config, stack, ["a large red circle"], device), {}
+    monkeypatch.setattr(run_report, "contact_sheet", lambda rows, *_: shown.update(rows))
+    run_report.write_run_report(
         config, work / "finished" / "style.safetensors", stack, video_predictor(stack.teacher), gallery, student
     )
     first, *others, last = shown
@@ -120,7 +124,7 @@ def test_its_pictures_show_the_student_without_and_with_the_style(finished, sett
 
 
 def test_the_style_is_a_change_of_that_student_and_none_at_strength_0(finished, student, stack, stack_folder):
-    other = distill.load_image_unet(stack_folder / "styles" / "other")
+    other = load_image_unet(stack_folder / "styles" / "other")
     require_student(finished, student)
     assert finished.info.name == "other" and finished.info.hash == weights_hash(other) and finished.info.updates == 3
     unet, kept = student_unet(student, stack.image_unet), student_unet(student, stack.image_unet)
@@ -170,8 +174,8 @@ def test_the_memory_of_a_style_is_planned(stack, student, stack_folder, settings
     unet, motion = dict(stack.image_unet.config), dict(stack.motion.config)
     inputs = meta_inputs(config, unet, 32)
     planned = plan_of(config, *meta_roles(config, unet, motion, half), inputs, half)
-    style = distill.load_image_unet(stack_folder / "styles" / "other")
-    real = distill.new_roles(config, stack, style, student, half)
+    style = load_image_unet(stack_folder / "styles" / "other")
+    real = new_roles(config, stack, style, student, half)
     widths = unet["block_out_channels"]
     given = Inputs(torch.randn(inputs.x.shape), torch.randn(inputs.text.shape))
     found = plan_of(config, real, DiscriminatorHeads([*widths[-3:-1], widths[-1]]), given, half)
@@ -181,7 +185,7 @@ def test_the_memory_of_a_style_is_planned(stack, student, stack_folder, settings
 
 
 def test_the_roles_of_a_style(stack, student, stack_folder):
-    other = distill.load_image_unet(stack_folder / "styles" / "other")
+    other = load_image_unet(stack_folder / "styles" / "other")
     x, t, text = torch.randn(1, 4, 4, 8, 8), torch.tensor([300]), torch.randn(1, 32, 32)
     said = []
     for share in (False, True):
@@ -225,8 +229,8 @@ def test_distillation_goes_on_from_a_student(stack, make_distillation, make_conf
     for step in range(2):
         run.update(step, random_clips)
     with RunFolder(tmp_path) as folder:
-        student = read_student(distill.export(config, folder, stack, run.roles, None))
-    roles = distill.new_roles(config, stack, None, student)
+        student = read_student(export(config, folder, stack, run.roles, None))
+    roles = new_roles(config, stack, None, student)
     x, t, text = torch.randn(1, 4, 4, 8, 8), torch.tensor([300]), torch.randn(1, 32, 32)
     with torch.no_grad():
         want = video_predictor(student_unet(student, stack.image_unet))(x, t, text)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from avdm2_nodes.files.stack import Stack, StackError
 from training.world.scenes import BACKGROUNDS, COLOURS, DIRECTIONS, FRAMES, RADII, SHAPES, SIDE, SPEEDS, STYLES, Content
 
 VERSION = 1
@@ -221,6 +222,14 @@ def load_features(path: str | Path) -> VideoFeatures:
     except RuntimeError as error:
         raise ValueError(f"Expected the weights of {net.config} in {path}, found others ({error}); fetch it again.") from error
     return net.eval().requires_grad_(False)
+
+
+def load_features_of(stack: Stack) -> VideoFeatures:
+    """The net of the evaluation, which lies beside the stack's parts. StackError where it does not."""
+    try:
+        return load_features(stack.folder / "feature_net.safetensors")
+    except (OSError, ValueError) as error:
+        raise StackError(str(error)) from error
 
 
 def content_hash(path: str | Path) -> str:

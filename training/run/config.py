@@ -13,6 +13,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from training.run.wording import said, sentences
 
 ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "miniature"  # what commands take where no model is named
+STUDENT = MODEL / "student.safetensors"
 
 
 class ConfigError(ValueError):

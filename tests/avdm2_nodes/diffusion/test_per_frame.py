@@ -11,7 +11,7 @@ from avdm2_nodes.files.stack import load_stack
 from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.student_unet import student_unet
 from tests.avdm2_nodes.diffusion.per_frame import per_frame
-from training.sample import MODEL, STUDENT
+from training.run.config import MODEL, STUDENT
 from training.world import scenes
 
 CLIPS = 4

@@ -5,9 +5,9 @@ import torch
 
 from training.cost.memory_plan import PeakBytes, plan_of
 from training.cost.operations import Inputs, meta_inputs, meta_roles
-from training.distill import new_roles
 from training.method.discriminator import DiscriminatorHeads
 from training.method.learner import new_optimiser
+from training.method.setup import new_roles
 
 TOKENS = 32
 

@@ -1,0 +1,84 @@
+"""A table of rows, each measured once and kept on disk: a command goes on where it was stopped."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from training.evaluation.measure import BETTER, PUBLIC_BETTER, Figure
+from training.evaluation.pictures import animated, contact_sheet, plot_table
+from training.evaluation.report import markdown_table, write_report
+from training.evaluation.rows import Bench, Method, VideoBench, kept
+
+logger = logging.getLogger(__name__)
+
+PLOTTED = ("accuracy", "Fréchet distance", "KID", "motion error", "coverage", "diversity", *PUBLIC_BETTER)
+SHOWN = 4  # prompts in the pictures
+
+
+class Table:
+    """Rows, each measured once and kept in `folder`."""
+
+    def __init__(self, bench: Bench | VideoBench, folder: Path):
+        self.bench, self.folder = bench, folder
+        self.rows: dict[str, dict[str, Figure]] = {}
+        self.costs: dict[str, dict] = {}
+        self.shown: dict[str, list[np.ndarray]] = {}
+        self.reference = kept(self._path("reference"), bench.reference)
+
+    def add(self, name: str, make: Callable[[], np.ndarray]) -> None:
+        """A row of the clips that `make` gives."""
+        self._add(name, lambda: (make(), 0.0))
+
+    def add_method(self, method: Method, of: str = "") -> None:
+        """A row of the clips that a method samples, with its cost; `of` says what else than the name its clips depend on."""
+        seconds = self._add(method.name, lambda: self.bench.sample(method), of)
+        of_images = {"image evaluations": method.image_evaluations} if method.image_evaluations else {}
+        self.costs[method.name] = {"evaluations": method.evaluations, **of_images, "seconds": seconds}
+
+    def add_runs(self, name: str, methods: list[Method]) -> None:
+        """One row for several training seeds: the mean of each figure, and the range of the seeds as its interval."""
+        for method in methods:
+            self.add_method(method)
+        runs = [self.rows.pop(method.name) for method in methods]
+        self.costs[name] = {"evaluations": methods[0].evaluations, "seconds": self.costs[methods[0].name]["seconds"]}
+        self.shown[name] = self.shown[methods[0].name]
+        for method in methods:
+            del self.costs[method.name], self.shown[method.name]
+        values = {key: [run[key][0] for run in runs] for key in runs[0]}
+        self.rows[name] = {key: (float(np.mean(v)), min(v), max(v)) for key, v in values.items()}
+
+    def write(self, about: dict, readme: Path | None) -> None:
+        """report.json, report.md, clips.png, clips.webp, plot.png; and the table into `readme`, between its markers."""
+        write_report(self.folder, "What distillation buys", self.rows, self.costs, about)
+        captions = self.bench.prompts[:SHOWN]
+        contact_sheet(self.shown, captions, self.folder / "clips.png")
+        animated(self.shown, self.folder / "clips.webp", captions=captions)
+        plotted = {name: {key: row[key] for key in PLOTTED if key in row} for name, row in self.rows.items()}
+        plot_table(plotted, self.folder / "plot.png", better=BETTER | PUBLIC_BETTER)
+        if readme is not None:
+            insert(readme, "results", markdown_table(self.rows, self.costs), about)
+
+    def _add(self, name: str, make: Callable[[], tuple[np.ndarray, float]], of: str = "") -> float:
+        def measured() -> dict[str, np.ndarray]:
+            logger.info("Measuring: %s", name)
+            clips, seconds = make()
+            return self.bench.measure(clips) | {"shown": clips[:SHOWN], "seconds": np.array([seconds])}
+
+        row = kept(self._path(f"{name} {of}".rstrip()), measured)
+        self.shown[name] = list(row["shown"])
+        self.rows[name] = self.bench.figures(row, self.reference)
+        return float(row["seconds"][0])
+
+    def _path(self, name: str) -> Path:
+        return self.folder / "rows" / ("".join(c if c.isalnum() else "-" for c in name) + ".safetensors")
+
+
+def insert(readme: Path, section: str, table: str, about: dict) -> None:
+    """Puts a table and what it was measured with between a section's markers, `<!-- section -->` and `<!-- end of section -->`."""
+    begin, end = f"<!-- {section} -->", f"<!-- end of {section} -->"
+    head, _, rest = readme.read_text().partition(begin)
+    _, _, tail = rest.partition(end)
+    facts = "; ".join(f"{key}: {value}" for key, value in about.items())
+    readme.write_text(f"{head}{begin}\n{table}\n{facts}.\n{end}{tail}")
