@@ -1,14 +1,15 @@
 """Results as ratios, tables and plots; all of it made from what was measured, which is kept beside it as JSON."""
 
 import json
+import logging
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from benchmarks.cost import STUDENT_STEPS, TEACHER_STEPS
+from training.run.packages import MissingPackageError, needs
+
+logger = logging.getLogger(__name__)
 
 MISSING = "not measured"
 
@@ -19,7 +20,11 @@ def write_report(results: Mapping, folder: Path, name: str) -> Path:
     (folder / f"{name}.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     plotted = bool(results.get("scaling"))
     if plotted:
-        plot_scaling(results["scaling"], folder / f"{name}.png")
+        try:
+            plot_scaling(results["scaling"], folder / f"{name}.png")
+        except MissingPackageError as error:
+            logger.warning("%s; the plot is left out.", error)
+            plotted = False
     path = folder / f"{name}.md"
     path.write_text(markdown(results, f"{name}.png" if plotted else None), encoding="utf-8")
     return path
@@ -172,8 +177,9 @@ def _planned(planned: Mapping[str, Mapping[str, int]]) -> str:
 def plot_scaling(scaling: Mapping, path: Path) -> None:
     """Saves a panel for each of frames, resolution and batch: seconds of an evaluation, and what the operations alone would give."""
     axes_of = scaling["axes"]
-    figure = Figure(figsize=(3.6 * len(axes_of), 3.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = needs("matplotlib.figure", "to plot figures").Figure(
+        figsize=(3.6 * len(axes_of), 3.2), dpi=120, layout="constrained"
+    )
     for panel, (axis, points) in zip(figure.subplots(1, len(axes_of), squeeze=False)[0], axes_of.items(), strict=True):
         at = [point["at"] for point in points]
         medians = [statistics.median(point["wall"]) for point in points]

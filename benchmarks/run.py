@@ -32,6 +32,7 @@ from training.run import console
 from training.run.command_line import load_config
 from training.run.config import ROOT
 from training.run.console import between
+from training.run.packages import MissingPackageError
 from training.run.precision import pick_device, uses_bf16
 from training.run.timing import interleaved, matmul_ceiling
 
@@ -93,9 +94,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def planned(file: Path) -> dict[str, int]:
-    """Bytes that a run of these settings would take, by name, counted without numbers."""
+    """Bytes that a run of these settings would take, by name, counted without numbers; none where a package for it is not installed."""
     logger.info("Counting the memory of %s", file.name)
-    return memory_plan(load_config(["--config", str(file)])).rows
+    try:
+        return memory_plan(load_config(["--config", str(file)])).rows
+    except MissingPackageError as error:
+        logger.warning("%s; the plan is left out.", error)
+        return {}
 
 
 def about(device: torch.device, repetitions: int) -> dict:
@@ -216,7 +221,10 @@ def training(device: torch.device, repetitions: int) -> dict:
 
 def update(teacher: Path | None, options: list[str], device: torch.device, repetitions: int) -> dict:
     logger.info("Training: %s %s", teacher or "SD1.5", " ".join(options))
-    found = training_modes.measure(teacher, options, torch.get_num_threads(), min(3, repetitions))
+    try:
+        found = training_modes.measure(teacher, options, torch.get_num_threads(), min(3, repetitions))
+    except MissingPackageError as error:
+        return {MISSING: str(error)}
     return found | {"dtype": name_of(training_dtype(device))}
 
 

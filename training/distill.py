@@ -15,7 +15,6 @@ import contextlib
 import logging
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from avdm2_nodes.diffusion.unets import Predictor
 from avdm2_nodes.files.stack import Stack, load_image_unet, load_stack
@@ -33,6 +32,7 @@ from training.run import console
 from training.run.command_line import load_config
 from training.run.config import DistillConfig
 from training.run.folder import RunFolder
+from training.run.packages import needs
 from training.run.parent import Stop, never, watch
 from training.run.precision import uses_bf16
 from training.run.processes import Processes, require_equal_parts
@@ -71,6 +71,7 @@ def _trained(
     """(the file that training left, and what the report needs beside it): everything else is let go of, which is most of memory."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    board_of = needs("torch.utils.tensorboard", "to write the curves of a run", "tensorboard").SummaryWriter
     device = processes.device
 
     begun = begin_from(config)
@@ -95,7 +96,7 @@ def _trained(
         shown, _ = gallery.sample(own, SHOWN)
         contact_sheet({own.name: list(shown)}, gallery.prompts[: len(shown)], run.path / "samples" / f"update-{step:06d}.png")
 
-    with SummaryWriter(run.path / "tensorboard") if processes.main else contextlib.nullcontext() as board:
+    with board_of(run.path / "tensorboard") if processes.main else contextlib.nullcontext() as board:
 
         def log(step: int, figures: dict) -> None:
             for name, value in figures.items():

@@ -49,6 +49,7 @@ from training.run.command_line import load_config
 from training.run.config import MODEL, ROOT, DistillConfig, to_yaml
 from training.run.console import between, scale
 from training.run.folder import RunFolder
+from training.run.packages import needs
 from training.run.precision import pick_device
 
 logger = logging.getLogger("evaluate")
@@ -75,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.ablations and args.real:
         parser.error("expected no --real beside --ablations, whose recipe is the miniature's; leave one out")
 
+    needs("matplotlib", "to plot the table")  # before hours of measuring
     device = pick_device()
     stack = load_stack(args.model, args.motion, tokenizer=args.tokenizer)
     for unet in (stack.image_unet, stack.teacher):

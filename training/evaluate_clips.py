@@ -26,6 +26,7 @@ from training.evaluation.measure import Figure
 from training.evaluation.report import write_report
 from training.run import console
 from training.run.console import between
+from training.run.packages import MissingPackageError
 from training.run.precision import pick_device
 
 
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name, (value, low, high) in evaluate(args).items():
             print(f"{name}: {value:.2f} ({low:.2f} to {high:.2f})")
-    except (BackboneError, DataError, VideoError) as error:
+    except (BackboneError, DataError, MissingPackageError, VideoError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -23,7 +23,7 @@ from avdm2_nodes.files.student_info import StudentFileError
 from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import StyleFileError
 from avdm2_nodes.files.taesd import load_taesd_file
-from training.data.video import VideoError, write_video
+from training.data.video import VideoError, codec, write_video
 from training.evaluation.sampling import (
     STYLE_MODES,
     SampleError,
@@ -37,13 +37,20 @@ from training.evaluation.sampling import (
 from training.run import console
 from training.run.config import MODEL, STUDENT
 from training.run.console import between, scale
+from training.run.packages import MissingPackageError
 from training.run.precision import pick_device
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 25, 3.0
 
 
+EXPECTED_ERRORS = (  # told in their own words
+    FileFormatError, MissingPackageError, SampleError, StackError, StudentFileError, StyleError, StyleFileError, VideoError,
+)  # fmt: skip
+
+
 def sample(args: argparse.Namespace) -> None:
-    """What the command line asks for. One of the errors named in `main`, before any clip is written or between two."""
+    """What the command line asks for. One of EXPECTED_ERRORS, before any clip is written or between two."""
+    codec()  # before minutes of sampling
     outs = numbered(args.out, len(args.prompt))
     if not args.out.parent.is_dir():
         raise SampleError(f"Expected a folder at {args.out.parent} for {args.out.name}, found none; make it.")
@@ -158,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     console.set_up()
     try:
         sample(args)
-    except (FileFormatError, SampleError, StackError, StudentFileError, StyleError, StyleFileError, VideoError) as error:
+    except EXPECTED_ERRORS as error:
         print(error, file=sys.stderr)
         return 1
     except torch.OutOfMemoryError:

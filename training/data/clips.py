@@ -17,7 +17,7 @@ from tqdm import tqdm
 from training.data import DataError
 from training.data.captions import caption_beside, read_table
 from training.data.tars import Span, find_tars, is_pattern, read_span, videos_in
-from training.data.video import VIDEO_SUFFIXES, VideoError, read_video, write_video
+from training.data.video import VIDEO_SUFFIXES, VideoError, codec, read_video, write_video
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ class ClipFolder:
 
     def __init__(self, folder, frames: int, height: int, width: int, stride: int = 1, check: bool = True):
         self.folder, self.frames, self.height, self.width, self.stride = Path(folder), frames, height, width, stride
+        codec()
         self.entries, self.skipped = _survey(self.folder)
         if check:
             self._check()

@@ -10,11 +10,11 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from tqdm import tqdm
-from webdataset.tariterators import group_by_keys
 
 from training.data import DataError
 from training.data.captions import caption_in, words
 from training.data.video import VIDEO_SUFFIXES
+from training.run.packages import needs
 
 Span = tuple[int, int]  # where in a file: first byte, bytes
 
@@ -64,6 +64,7 @@ def videos_in(tars: list[Path]) -> Iterator[TarVideo]:
 
 def _samples(path: Path) -> list[dict]:
     """WebDataset's samples of a tar shard, the place (first byte, bytes) of each file in place of what it holds."""
+    group_by_keys = needs("webdataset.tariterators", "to read tar shards").group_by_keys
     try:
         with tarfile.open(path, "r:") as tar:
             files = [

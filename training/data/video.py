@@ -3,17 +3,26 @@
 import os
 from io import BytesIO
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+
+from training.run.packages import needs
+
+if TYPE_CHECKING:
+    import av
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
-_MPEG_RANGE, _BT601 = int(ColorRange.MPEG), int(Colorspace.ITU601)
 
 
 class VideoError(ValueError):
     """A video that cannot be read or written; the message is one sentence that names the file."""
+
+
+def codec() -> ModuleType:
+    """PyAV. MissingPackageError where it is not installed: to be told so before hours of work end in a video."""
+    return needs("av", "to read and write videos")
 
 
 def write_video(path, frames: np.ndarray, fps: int, crf: int = 12) -> None:
@@ -46,16 +55,18 @@ def write_video(path, frames: np.ndarray, fps: int, crf: int = 12) -> None:
 
 
 def _encode(path: Path, frames: np.ndarray, fps: int, crf: int) -> None:
-    height, width = frames.shape[1:3]
+    av, height, width = codec(), *frames.shape[1:3]
+    kinds = av.video.reformatter
+    mpeg_range, bt601 = int(kinds.ColorRange.MPEG), int(kinds.Colorspace.ITU601)
     with av.open(f"file:{path}", "w") as container:
         # One thread: x264's output depends on the number of threads.
         stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "threads": "1"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # The matrix is written down, or a player guesses it from the size of the picture.
-        stream.codec_context.color_range, stream.codec_context.colorspace = _MPEG_RANGE, _BT601
+        stream.codec_context.color_range, stream.codec_context.colorspace = mpeg_range, bt601
         for array in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=_BT601)))
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=bt601)))
         container.mux(stream.encode())
 
 
@@ -65,7 +76,7 @@ def read_video(path, frames: int, stride: int = 1, start: int = 0, data: bytes |
     With `data`, the bytes of a video that is part of another file, `path` is only its name. VideoError for a video that is
     missing, empty, none, damaged within the frames asked for, or too short for them.
     """
-    path = Path(path)
+    av, path = codec(), Path(path)
     if data is None and not path.is_file():
         raise VideoError(f"Expected a video file at {path}, found {'a folder' if path.is_dir() else 'nothing'}.")
     if (path.stat().st_size if data is None else len(data)) == 0:
@@ -105,7 +116,7 @@ def read_video(path, frames: int, stride: int = 1, start: int = 0, data: bytes |
     return np.stack(kept)
 
 
-def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
+def _upright_rgb(frame: "av.VideoFrame") -> np.ndarray:
     """(H, W, 3) uint8, with the matrix that the file declares and turned as its display matrix says."""
     rgb = frame.to_ndarray(format="rgb24")
     return np.rot90(rgb, round(frame.rotation / 90)) if frame.rotation else rgb

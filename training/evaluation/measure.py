@@ -21,6 +21,7 @@ from training.evaluation.metrics import (
     kernel_distance,
     proportion_interval,
 )
+from training.run.packages import needs
 from training.world.oracle import ATTRIBUTES, judge, motion_error, read_clip
 from training.world.scenes import Content
 
@@ -50,6 +51,7 @@ def measure(
 
     With a `style` also whether a clip is in it, stroke and palette.
     """
+    needs("scipy", "to read clips of the miniature world")
     readings = [read_clip(clip) for clip in tqdm(frames, "reading", leave=False, mininterval=2)]
     verdicts = [judge(reading, content) for reading, content in zip(readings, contents, strict=True)]
     in_style = {} if style is None else {"style": np.array([reading.style == style for reading in readings])}

@@ -5,9 +5,9 @@ from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+
+from training.run.packages import needs
 
 _ZOOM = 2
 _GAP = 4  # pixels between frames
@@ -96,8 +96,9 @@ def plot_table(
     names = list(rows)
     columns = min(len(metrics), 3)
     lines = -(-len(metrics) // columns)
-    figure = Figure(figsize=(1.6 + 3.4 * columns, lines * (0.9 + 0.28 * len(names))), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = needs("matplotlib.figure", "to plot figures").Figure(
+        figsize=(1.6 + 3.4 * columns, lines * (0.9 + 0.28 * len(names))), dpi=120, layout="constrained"
+    )
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for axis, metric in zip(axes.flat, metrics, strict=False):
         for y, name in enumerate(names):

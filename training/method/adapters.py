@@ -3,15 +3,18 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from training.run.packages import needs
 from training.run.randomness import keyed_generator
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 # Every spatial layer with a weight matrix but the first and last convolution, which the image and the video UNet hold apart.
 _LORA_TARGETS = (
@@ -28,11 +31,12 @@ class Adapters:
 
     def add(self, unet: UNet2DConditionModel, name: str, rank: int, seed: int) -> dict[str, nn.Parameter]:
         """Injects adapter `name` into the layers of an image UNet (and of whichever UNet shares them); its weights by name."""
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_LORA_TARGETS)
+        peft = needs("peft", "to train LoRA")
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=_LORA_TARGETS)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is what is wanted
-            inject_adapter_in_model(config, unet, adapter_name=name)
-        self.layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
+            peft.inject_adapter_in_model(config, unet, adapter_name=name)
+        self.layers = [module for module in unet.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
         marker, generator = f".{name}.weight", keyed_generator(seed, "lora", name)
         weights = {key.replace(marker, ".weight"): p for key, p in unet.named_parameters() if key.endswith(marker)}
         for key, weight in weights.items():

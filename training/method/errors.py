@@ -10,11 +10,12 @@ from training.method.learner import DivergedError, OptimiserError
 from training.run.checkpoint import CheckpointError
 from training.run.config import ConfigError
 from training.run.folder import RunFolderError
+from training.run.packages import MissingPackageError
 from training.run.parent import StoppedError
 from training.run.precision import DeviceError
 from training.run.processes import LostProcessError
 
 EXPECTED_ERRORS = (
-    CheckpointError, ConfigError, DataError, DeviceError, DivergedError, LostProcessError, OptimiserError, RunFolderError,
-    StackError, StoppedError, StudentFileError, StyleError, StyleFileError, VideoError,
+    CheckpointError, ConfigError, DataError, DeviceError, DivergedError, LostProcessError, MissingPackageError, OptimiserError,
+    RunFolderError, StackError, StoppedError, StudentFileError, StyleError, StyleFileError, VideoError,
 )  # fmt: skip

@@ -17,11 +17,10 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import InitProcessGroupKwargs, gather_object, reduce
 from torch import Tensor, nn
 
 from training.run.config import ConfigError, RunConfig
+from training.run.packages import needs
 from training.run.precision import DeviceError, pick_device
 
 TIMEOUT = 1800  # seconds that processes wait for one another: sample clips and checkpoints are the first's alone
@@ -41,9 +40,11 @@ class Processes:
 
     def __init__(self, device: str = "auto", timeout: float = TIMEOUT):
         self.device = pick_device(device)
-        group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)).to_kwargs()
+        accelerate = needs("accelerate", "to hold the processes of a run together")
+        self._utils = accelerate.utils
+        group = self._utils.InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)).to_kwargs()
         try:
-            self.state = PartialState(cpu=self.device.type == "cpu", **group)
+            self.state = accelerate.PartialState(cpu=self.device.type == "cpu", **group)
         except RuntimeError as error:  # of torch.distributed
             raise LostProcessError(
                 f"Expected all processes of this run to come together, found: {_first_line(error)}."
@@ -72,26 +73,28 @@ class Processes:
             return figures
         weights = list(weights)
         got = figures.new_tensor([weight.grad is not None for weight in weights])
-        figures, got = self._told(lambda: reduce(torch.cat([figures, got]), "mean")).split([len(figures), len(weights)])
+        figures, got = self._told(lambda: self._utils.reduce(torch.cat([figures, got]), "mean")).split(
+            [len(figures), len(weights)]
+        )
         learning = [weight for weight, share in zip(weights, got.tolist(), strict=True) if share > 0]
         for weight in learning:
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         for piece in _pieces([weight.grad for weight in learning]):
-            mean = self._told(lambda piece=piece: reduce(torch.cat([g.flatten() for g in piece]), "mean"))
+            mean = self._told(lambda piece=piece: self._utils.reduce(torch.cat([g.flatten() for g in piece]), "mean"))
             for gradient, part in zip(piece, mean.split([g.numel() for g in piece]), strict=True):
                 gradient.copy_(part.view_as(gradient))
         return figures
 
     def any(self, flag: bool) -> bool:
         """Whether one of the processes says so."""
-        return flag if self.count == 1 else any(self._told(lambda: gather_object([flag])))
+        return flag if self.count == 1 else any(self._told(lambda: self._utils.gather_object([flag])))
 
     def require_same(self, what: str, value) -> None:
         """LostProcessError where another process has another `value` (plain JSON); all wait for one another here."""
         if self.count == 1:
             return
         digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
-        if len(set(self._told(lambda: gather_object([digest])))) > 1:
+        if len(set(self._told(lambda: self._utils.gather_object([digest])))) > 1:
             raise LostProcessError(
                 f"Expected the same {what} in all {self.count} processes, found different ones; "
                 "they must see the same files: put run.folder and data.folder on a disk that all nodes share."

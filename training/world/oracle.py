@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
 
 from training.world.scenes import (
     BACKGROUNDS,
@@ -154,6 +153,8 @@ def motion_error(reading: Reading, content: Content) -> float:
 
 def _bodies(colourful: np.ndarray, lamp: np.ndarray) -> np.ndarray:
     """Roughly the shape's mask (F, H, W) in every frame: lamp and interior filled, tails cut off, the largest piece."""
+    from scipy import ndimage  # here, so that whoever reads no clips needs none
+
     body = np.pad(colourful | lamp, ((0, 0), (2, 2), (2, 2)))
     body = ndimage.binary_fill_holes(ndimage.binary_closing(body, _DISK), _CROSS)
     pieces, count = ndimage.label(ndimage.binary_opening(body, _DISK)[:, 2:-2, 2:-2], _CROSS)
@@ -247,6 +248,8 @@ def _fit_templates(amount, body, heading) -> list[tuple]:
     A match is one minus the area between shape and template, relative to the template's: 1 if they agree. The whole clip's is
     that of its mean frame in the shape's own coordinates, where noise averages out.
     """
+    from scipy import ndimage
+
     inner = ndimage.binary_erosion(body, _SQUARE)
     outer = ndimage.maximum_filter(body, (1, 7, 7))
     side = np.clip((amount - 0.3) / 0.4, 0, 1)
@@ -280,6 +283,8 @@ def _fit_templates(amount, body, heading) -> list[tuple]:
 
 def _read_ground(rgb: np.ndarray, peak: float) -> tuple[list[str | None], list[str | None]]:
     """Votes on background and palette from (3, F, H, W) colours, at least two blocks away from the shape and its tail."""
+    from scipy import ndimage
+
     colour = rgb.reshape(*rgb.shape[:2], SIDE // _BLOCK, _BLOCK, SIDE // _BLOCK, _BLOCK).mean((3, 5))
     shown = (np.ptp(colour, 0) > max(_GROUND_REACH * peak, 0.22)) | (colour.min(0) > _LAMP_LEVEL)
     free = ~ndimage.maximum_filter(shown, (1, 5, 5))
@@ -347,10 +352,10 @@ def _mean(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 # ---- tables ----
 
 _SQUARE = np.ones((1, 3, 3), bool)
-_DISK = ndimage.generate_binary_structure(2, 1)
-_DISK = ndimage.binary_dilation(np.pad(np.ones((3, 3), bool), 1), _DISK)[None]
+_FROM_CENTRE = np.abs(np.arange(-2, 3))
+_DISK = (_FROM_CENTRE[:, None] + _FROM_CENTRE < 4)[None]  # 5 x 5 without its corners
 _CROSS = np.zeros((3, 3, 3), bool)  # neighbours within a frame, so that frames are treated apart in one call
-_CROSS[1] = ndimage.generate_binary_structure(2, 1)
+_CROSS[1] = _FROM_CENTRE[1:4, None] + _FROM_CENTRE[1:4] < 2
 _PIXEL = np.arange(SIDE) + 0.5
 _WINDOW = 44  # pixels: holds the largest shape, 20% too large and off by a few pixels
 _WINDOW_FROM = (SIDE - _WINDOW) // 2  # windows lie in the middle of the frame, so that shape_distance draws in them
