@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
@@ -134,11 +135,11 @@ def cover(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if (h, w) != (height, width):
         scale = max(height / h, width / w)
         size = max(height, round(h * scale)), max(width, round(w * scale))
-        planes = frames.permute(0, 3, 1, 2).float()
+        planes = rearrange(frames, "f h w c -> f c h w").float()
         planes = interpolate(planes, size=size, mode="bicubic", antialias=True, align_corners=False)
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
         planes = planes[..., top : top + height, left : left + width]
-        frames = planes.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        frames = rearrange(planes.round().clamp(0, 255).to(torch.uint8), "f c h w -> f h w c")
     return frames.contiguous()
 
 

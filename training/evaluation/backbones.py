@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer, VideoMAEModel
@@ -53,7 +54,7 @@ def load_i3d(path: Path, device: torch.device | str = "cpu") -> Extractor:
 
     @torch.no_grad()
     def features(clips: Tensor) -> Tensor:
-        videos = clips.permute(0, 4, 1, 2, 3).float().to(device)
+        videos = rearrange(clips, "n f h w c -> n c f h w").float().to(device)
         return net(videos, rescale=True, resize=True, return_features=True).float().cpu()
 
     return features
@@ -155,7 +156,7 @@ def clip_scores(score: Callable[[Tensor, str], float], read: Clips, captions: Se
 def _normalised(frames: Tensor, side: int, colours: tuple) -> Tensor:
     """(F, 3, side, side) float of (F, H, W, 3) uint8, resized to cover, the centre cut out, its colours standardised."""
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in colours)
-    return (cover(frames, side, side).permute(0, 3, 1, 2).float() / 255 - mean) / deviation
+    return (rearrange(cover(frames, side, side), "f h w c -> f c h w").float() / 255 - mean) / deviation
 
 
 def _load(cls, folder: Path, what: str):

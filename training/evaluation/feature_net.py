@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -76,19 +77,22 @@ class VideoFeatures(nn.Module):
                 f"Expected clips of shape (N, 3, {FRAMES}, {SIDE}, {SIDE}), found {tuple(clips.shape)}; "
                 "resize them and pick that many frames."
             )
-        x = clips.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        x = rearrange(clips, "n c f h w -> (n f) c h w").contiguous(memory_format=torch.channels_last)
         x = F.silu(self.stem(x - 0.35))
         for space, time in zip(self.space, self.time, strict=True):
             x = time(space(x), frames)
-        x = x.unflatten(0, (n, frames))
+        x = rearrange(x, "(n f) c h w -> n f c h w", n=n)
         # What is shown is read from pooled maps, where and how it moves from all places of every pair of frames.
         pooled = [x.mean((1, 3, 4)), x.amax((1, 3, 4))]
-        pairs = self.squeeze(x.unflatten(1, (frames // 2, 2)).mean(2).flatten(0, 1)).unflatten(0, (n, frames // 2))
-        features = self.standardise(self.project(torch.cat([F.silu(pairs.flatten(1)), *pooled], 1)))
+        pairs = rearrange(x, "n (p two) c h w -> n p two c h w", two=2).mean(2)
+        pairs = self.squeeze(rearrange(pairs, "n p c h w -> (n p) c h w"))
+        features = self.standardise(
+            self.project(torch.cat([rearrange(F.silu(pairs), "(n p) c h w -> n (p c h w)", n=n), *pooled], 1))
+        )
         outputs = {name: head(features) for name, head in self.heads.items()}
         outputs["features"] = features
         outputs["velocity"] = self.velocity(features) * _VELOCITY_SCALE
-        outputs["centres"] = self.centres(features).view(n, FRAMES, 2) * _PLACE_SCALE + SIDE / 2
+        outputs["centres"] = rearrange(self.centres(features), "n (f xy) -> n f xy", xy=2) * _PLACE_SCALE + SIDE / 2
         return outputs
 
     @torch.no_grad()
@@ -121,15 +125,13 @@ class _Time(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        height, width = x.shape[-2:]
-        tracks = x.unflatten(0, (-1, frames)).permute(0, 2, 1, 3, 4).flatten(3)  # (N, C, F, h*w)
-        tracks = F.silu(self.conv(tracks))
-        return x + tracks.unflatten(3, (height, width)).permute(0, 2, 1, 3, 4).flatten(0, 1)
+        tracks = F.silu(self.conv(rearrange(x, "(n f) c h w -> n c f (h w)", f=frames)))
+        return x + rearrange(tracks, "n c f (h w) -> (n f) c h w", h=x.shape[2])
 
 
 def as_input(clips: Tensor) -> Tensor:
     """Float clips (N, 3, F, H, W) in 0..1 from uint8 ones (N, F, H, W, 3)."""
-    return clips.permute(0, 4, 1, 2, 3).float() / 255
+    return rearrange(clips, "n f h w c -> n c f h w").float() / 255
 
 
 def targets_of(
@@ -151,8 +153,8 @@ def degrade(clips: Tensor, generator: torch.Generator) -> Tensor:
     touched = (draw[0] < 0.5).float()
     reach = torch.arange(-2, 3, device=clips.device)
     kernel = torch.exp(-(reach**2) / (2 * (touched * draw[1]).clamp(min=1e-2)[:, None] ** 2))
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels * frames, 0)[:, None]
-    x = F.pad(clips.flatten(0, 2)[None], (2, 2, 2, 2), mode="replicate")
+    kernel = repeat(kernel / kernel.sum(1, keepdim=True), "n k -> (n planes) 1 k", planes=channels * frames)
+    x = F.pad(rearrange(clips, "n c f h w -> 1 (n c f) h w"), (2, 2, 2, 2), mode="replicate")
     x = F.conv2d(x, kernel[:, :, :, None], groups=len(kernel))
     x = F.conv2d(x, kernel[:, :, None, :], groups=len(kernel)).view(clips.shape)
     noise = torch.randn(clips.shape, generator=generator).to(clips.device)

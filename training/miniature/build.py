@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -93,7 +94,7 @@ def read_all(folder: Path) -> tuple[Tensor, list[str]]:
 
 def to_images(frames: Tensor) -> Tensor:
     """(N, H, W, 3) uint8 -> (N, 3, H, W) float in -1..1."""
-    return (frames.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return (rearrange(frames, "n h w c -> n c h w").float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def build_vae(turn: Round) -> dict:
@@ -154,7 +155,7 @@ def build_decoder(turn: Round) -> dict:
 
 def all_frames(work: Path) -> Tensor:
     """(N, H, W, 3) uint8, of both styles."""
-    return torch.cat([read_all(work / "clips" / style)[0].flatten(0, 1) for style in scenes.STYLES])
+    return torch.cat([rearrange(read_all(work / "clips" / style)[0], "n f h w c -> (n f) h w c") for style in scenes.STYLES])
 
 
 def probe_of(frames: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
+from einops import rearrange
 from torch import Tensor
 
 # Opponent axes: luminance, red-green, blue-yellow. Textured backgrounds are all luminance; in plain RGB they would buy their
@@ -57,7 +58,7 @@ def preview_colours(latents: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     images (N, 3, H, W) in -1..1. ComfyUI previews with such factors while it samples.
     """
     patches = torch.nn.functional.adaptive_avg_pool2d(images, latents.shape[2:])
-    x = latents.permute(0, 2, 3, 1).flatten(0, 2).double()
-    y = patches.permute(0, 2, 3, 1).flatten(0, 2).double()
+    x = rearrange(latents, "n c h w -> (n h w) c").double()
+    y = rearrange(patches, "n c h w -> (n h w) c").double()
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1), y).solution
     return solution[:-1].float(), solution[-1].float()

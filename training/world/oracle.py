@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from einops import rearrange, reduce
 
 from training.world.scenes import (
     BACKGROUNDS,
@@ -100,7 +101,7 @@ def read_clip(frames: np.ndarray) -> Reading:
             f"Expected uint8 frames of shape (3 or more, {SIDE}, {SIDE}, 3), found {frames.dtype} of shape {frames.shape}; "
             "decode and resize the clip first."
         )
-    rgb = np.moveaxis(frames, -1, 0).astype(np.float32) / 255  # (3, F, H, W)
+    rgb = rearrange(frames, "f h w c -> c f h w").astype(np.float32) / 255
     chroma, darkest = _chroma_and_darkest(rgb)
     levels = np.bincount((chroma * 255 + 0.5).ravel().astype(np.uint8))
     peak = np.searchsorted(np.cumsum(levels), 0.99 * chroma.size) / 255  # the 99th percentile
@@ -285,19 +286,19 @@ def _read_ground(rgb: np.ndarray, peak: float) -> tuple[list[str | None], list[s
     """Votes on background and palette from (3, F, H, W) colours, at least two blocks away from the shape and its tail."""
     from scipy import ndimage
 
-    colour = rgb.reshape(*rgb.shape[:2], SIDE // _BLOCK, _BLOCK, SIDE // _BLOCK, _BLOCK).mean((3, 5))
+    colour = reduce(rgb, "c f (y by) (x bx) -> c f y x", "mean", by=_BLOCK, bx=_BLOCK)
     shown = (np.ptp(colour, 0) > max(_GROUND_REACH * peak, 0.22)) | (colour.min(0) > _LAMP_LEVEL)
     free = ~ndimage.maximum_filter(shown, (1, 5, 5))
-    free = free.reshape(len(free), -1).astype(np.float64)
-    colour = colour.reshape(3, len(free), -1)
+    free = rearrange(free, "f y x -> f (y x)").astype(np.float64)
+    colour = rearrange(colour, "c f y x -> c f (y x)")
     count = np.maximum(free.sum(1), 1)
     mean = (colour * free).sum(2) / count  # (3, F)
     tone = np.einsum("c,cfp->fp", _TONE, colour - mean[..., None]) * free
     variance = (tone**2).sum(1) / count
 
     # Weighted least squares of every pattern at once; the ridge makes the padded columns harmless.
-    gram = (free @ _PATTERN_PRODUCTS).reshape(len(free), -1, 5, 5) + 1e-6 * np.eye(5)
-    moment = (tone @ _PATTERN_BASES).reshape(len(free), -1, 5)
+    gram = rearrange(free @ _PATTERN_PRODUCTS, "f (p i j) -> f p i j", i=5, j=5) + 1e-6 * np.eye(5)
+    moment = rearrange(tone @ _PATTERN_BASES, "f (p i) -> f p i", i=5)
     fit = np.linalg.solve(gram, moment[..., None])[..., 0]
     explained = (fit * moment).sum(2) / np.maximum((tone**2).sum(1), 1e-9)[:, None]
     best = explained.argmax(1)
@@ -382,5 +383,5 @@ def _patterns() -> tuple[list[str], np.ndarray]:
 
 
 _PATTERN_NAMES, _bases = _patterns()
-_PATTERN_PRODUCTS = np.einsum("pbi,pbj->bpij", _bases, _bases).reshape(_bases.shape[1], -1)
-_PATTERN_BASES = np.moveaxis(_bases, 1, 0).reshape(_bases.shape[1], -1)
+_PATTERN_PRODUCTS = rearrange(np.einsum("pbi,pbj->bpij", _bases, _bases), "b p i j -> b (p i j)")
+_PATTERN_BASES = rearrange(_bases, "p b i -> b (p i)")
