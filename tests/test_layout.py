@@ -76,7 +76,7 @@ def test_arrows_go_down_only(module):
 @pytest.mark.parametrize("top", ["training", "avdm2_nodes"])
 def test_nothing_goes_in_circles(top):
     graph = {module: [o for o in imports(module) if o in FILES and o != module] for module in inside(top)}
-    assert len(list(TopologicalSorter(graph).static_order())) >= len(graph)  # CycleError names the circle
+    TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
 def test_commands_import_no_other_command():

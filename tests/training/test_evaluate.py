@@ -17,9 +17,7 @@ from training import evaluate
 from training.data.clips import write_clips
 from training.distill import distil
 from training.evaluation.backbones import BackboneError, load_clip
-from training.evaluation.feature_net import load_features_of
-from training.evaluation.rows import Bench, Method
-from training.evaluation.table import Table
+from training.evaluation.rows import Bench
 from training.run.command_line import load_config
 from training.run.folder import RunFolder
 
@@ -121,21 +119,6 @@ def test_rows_that_were_measured_are_not_sampled_again(run, monkeypatch):
     first = (run() / "report.json").read_text()
     monkeypatch.setattr(Bench, "sample", lambda *_: pytest.fail("a row was sampled again"))
     assert (run() / "report.json").read_text() == first
-
-
-def test_a_row_of_several_seeds_is_their_mean_and_range(stack, tmp_path):
-    bench = Bench(stack, load_features_of(stack), 6)
-    table = Table(bench, tmp_path)
-    real = [bench.real_clips(draw) for draw in (1, 2)]
-    methods = [Method(f"seed {i}", lambda *_: None, 4) for i in range(2)]
-    bench.sample = lambda method: (real[int(method.name[-1])], 0.25)
-    for i in range(2):
-        table.add(f"alone {i}", lambda i=i: real[i])
-    table.add_runs("both", methods)
-    alone = [table.rows[f"alone {i}"]["jitter"][0] for i in range(2)]
-    assert table.rows["both"]["jitter"] == (pytest.approx(sum(alone) / 2), min(alone), max(alone))
-    assert table.costs["both"] == {"evaluations": 4, "seconds": 0.25}
-    assert "seed 0" not in table.rows
 
 
 def test_a_row_that_goes_on_from_the_shared_warm_up_is_what_its_own_run_would_be(stack, tmp_path, monkeypatch):
