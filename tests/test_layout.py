@@ -1,6 +1,7 @@
 """Who may import whom: arrows go down only, and none in circles. Read from the source, so that imports within functions count too."""
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def module_of(path: Path) -> str:
 FILES = {module_of(path): path for top in ("training", "avdm2_nodes") for path in sorted((ROOT / top).rglob("*.py"))}
 
 
+@cache
 def statements(module: str) -> list[ast.Import | ast.ImportFrom]:
     return [n for n in ast.walk(ast.parse(FILES[module].read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
 
