@@ -13,12 +13,13 @@ import torch
 from tqdm import tqdm
 
 from avdm2_nodes.diffusion.precision import decoding_dtype, sampling_dtype
+from avdm2_nodes.diffusion.samplers import student_timesteps
 from avdm2_nodes.diffusion.schedules import TRAIN_TIMESTEPS
 from avdm2_nodes.diffusion.style import StyleError
 from avdm2_nodes.files.containers import FileFormatError
 from avdm2_nodes.files.peers import is_peer, load_peer
 from avdm2_nodes.files.stack import StackError, load_stack
-from avdm2_nodes.files.student import read_student, student_timesteps
+from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.student_info import StudentFileError
 from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import StyleFileError

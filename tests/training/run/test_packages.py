@@ -71,7 +71,8 @@ def test_clips_are_sampled_without_them():
 import torch
 from pathlib import Path
 from avdm2_nodes.files.stack import load_stack
-from avdm2_nodes.files.student import read_student, student_timesteps
+from avdm2_nodes.diffusion.samplers import student_timesteps
+from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.student_unet import student_unet
 from training.evaluation.sampling import generate, student_sampler
 
