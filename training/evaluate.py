@@ -41,7 +41,7 @@ from training.distill import distil
 from training.evaluation.backbones import BackboneError, add_arguments, load_networks
 from training.evaluation.feature_net import content_hash, load_features_of
 from training.evaluation.rows import Bench, Method, VideoBench, steps_in_words, student_method, teacher_method
-from training.evaluation.table import Table
+from training.evaluation.table import SHORT, Table
 from training.method.errors import EXPECTED_ERRORS
 from training.run import console
 from training.run.checkpoint import Checkpoints, write_atomically
@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ablations", action="store_true", help="train and measure the short recipe, whole and with one loss")
     parser.add_argument("--seeds", type=between(1, 100), default=3, help="training seeds of the ablations (default: 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "evaluation", help="where rows and reports are kept")
-    parser.add_argument("--readme", type=Path, help="a Markdown file whose results section is to be replaced")
+    page_help = "a page, such as docs/results.md, whose tables are to be replaced"
+    parser.add_argument("--page", type=Path, metavar="FILE", help=page_help)
     add_arguments(parser)
     args = parser.parse_args(argv)
     if args.ablations and args.real:
@@ -104,8 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         table.add_method(method)
     if args.ablations:
         for name, options in ablations(load_config([])).items():
-            table.add_runs(f"{name}, short", [ablation(stack, name, options, seed, args.out) for seed in range(args.seeds)])
-    table.write(about, args.readme)
+            table.add_runs(f"{name}{SHORT}", [ablation(stack, name, options, seed, args.out) for seed in range(args.seeds)])
+    table.write(about, args.page)
     logger.info("Figures: %s", folder / "report.md")
 
 

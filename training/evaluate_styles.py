@@ -40,7 +40,7 @@ from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import StyleFileError, lora_change, read_style, require_student
 from training.evaluation.feature_net import content_hash, load_features_of
 from training.evaluation.pictures import contact_sheet
-from training.evaluation.report import markdown_table, write_report
+from training.evaluation.report import tables_by_question, write_report
 from training.evaluation.rows import Bench, Method, student_method, teacher_method
 from training.evaluation.table import Table, insert
 from training.method.errors import EXPECTED_ERRORS
@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=between(6, 2**20), default=1024, help="clips a row (default: 1024)")
     parser.add_argument("--guidance", type=scale, default=3.0, help="CFG scale of the 25 steps (default: 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "styles", help="where rows and reports are kept")
-    parser.add_argument("--readme", type=Path, help="a Markdown file whose styles section is to be replaced")
+    page_help = "a page, such as docs/styles.md, whose tables are to be replaced"
+    parser.add_argument("--page", type=Path, metavar="FILE", help=page_help)
     args = parser.parse_args(argv)
     args.student = args.student or args.model / "student.safetensors"
     args.style = args.style or args.model / "styles" / "neon"
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     for method, settings in methods(stack, student, style, args.style_file, args.guidance):
         table.add_method(method, settings)
     table.rows[FRAMES] = {key: table.rows[FRAMES][key] for key in OF_FRAMES}
-    write(table, about, args.readme)
+    write(table, about, args.page)
     logger.info("Figures: %s", table.folder / "report.md")
 
 
@@ -173,8 +174,8 @@ def frames_method(name: str, image: Predictor, stack: Stack, steps: int, guidanc
     return Method(name, sample, 0, steps * (1 if guidance == 1 else 2))
 
 
-def write(table: Table, about: dict, readme: Path | None) -> None:
-    """report.json, report.md, styles.jpg, strength.jpg; and the table into `readme`, between its markers."""
+def write(table: Table, about: dict, page: Path | None) -> None:
+    """report.json, report.md, styles.jpg, strength.jpg; and the tables into `page`, between its markers."""
     write_report(table.folder, "Ways to another style", table.rows, table.costs, about)
     modes = [mode for mode in MODES if f"{mode} {STRENGTHS[-1]:g}" in table.rows]
     captions = table.bench.prompts[PICTURED]
@@ -189,9 +190,9 @@ def write(table: Table, about: dict, readme: Path | None) -> None:
     said = ", ".join(f"{s:g}" for s in (0, *STRENGTHS))
     titles = [f"{caption}, strength {said}" for caption in captions]
     contact_sheet(sweeps, titles, table.folder / "strength.jpg", shown=1 + len(STRENGTHS))
-    if readme is not None:
+    if page is not None:
         rows = {name: {key: row[key] for key in FIGURES if key in row} for name, row in table.rows.items()}
-        insert(readme, "styles", markdown_table(rows, table.costs), about)
+        insert(page, "styles", tables_by_question(rows, table.costs), about)
 
 
 def sweep(rows: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ from training import evaluate
 from training.data.clips import write_clips
 from training.distill import distil
 from training.evaluation.backbones import BackboneError, load_clip
+from training.evaluation.report import QUESTIONS
 from training.evaluation.rows import Bench
 from training.run.command_line import load_config
 from training.run.folder import RunFolder
@@ -59,10 +60,10 @@ def run(stack_folder, student_file, tmp_path, monkeypatch):
     return inner
 
 
-def test_the_table_has_every_row_and_its_pictures_and_goes_into_a_readme(run, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
-    folder = run("--readme", str(readme))
+def test_the_table_has_every_row_and_its_pictures_and_goes_into_a_page(run, tmp_path):
+    page = tmp_path / "results.md"
+    page.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
+    folder = run("--page", str(page))
     rows = json.loads((folder / "report.json").read_text())["rows"]
     assert list(rows) == [
         "real clips (VAE)",
@@ -75,8 +76,9 @@ def test_the_table_has_every_row_and_its_pictures_and_goes_into_a_readme(run, tm
     ]
     assert [rows[f"student {n}"]["evaluations"] for n in ("1 step", "2 steps", "4 steps", "8 steps")] == [1, 2, 4, 8]
     assert all((folder / name).stat().st_size > 0 for name in ("report.md", "clips.png", "clips.webp", "plot.png"))
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| student 4 steps |" in text
+    assert [line for line in text.splitlines() if line.startswith("#")] == [f"### {question}" for question in QUESTIONS]
 
 
 def test_real_videos_and_public_networks_measure_where_there_is_no_oracle(run, networks, tmp_path):

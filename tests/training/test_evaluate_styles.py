@@ -56,10 +56,10 @@ def command(stack_folder, files, tmp_path, monkeypatch):
     return inner
 
 
-def test_the_table_has_every_mode_at_every_strength_and_goes_into_a_readme(command, files, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- styles -->\nold\n<!-- end of styles -->\nafter\n")
-    folder = command("--style-file", files[1], "--readme", readme)
+def test_the_table_has_every_mode_at_every_strength_and_goes_into_a_page(command, files, tmp_path):
+    page = tmp_path / "styles.md"
+    page.write_text("before\n<!-- styles -->\nold\n<!-- end of styles -->\nafter\n")
+    folder = command("--style-file", files[1], "--page", page)
     rows = json.loads((folder / "report.json").read_text())["rows"]
     modes = [f"{mode} {strength:g}" for mode in MODES for strength in STRENGTHS]
     assert list(rows) == ["real clips (VAE)", UNSWAPPED, *modes, FRAMES, TEACHER]
@@ -67,7 +67,7 @@ def test_the_table_has_every_mode_at_every_strength_and_goes_into_a_readme(comma
     assert all("style" in row for row in rows.values())
     assert "motion" not in rows[FRAMES] and "Fréchet distance" not in rows[FRAMES] and "frame accuracy" in rows[FRAMES]
     assert all((folder / name).stat().st_size > 0 for name in ("report.md", "styles.jpg", "strength.jpg"))
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| guidance 0.5 |" in text
 
 

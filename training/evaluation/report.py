@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from training.evaluation.measure import BETTER, PUBLIC_BETTER, Figure
+from training.world.oracle import ATTRIBUTES
 
 _DIGITS = {"KID": 3, "Fréchet distance": 2, "motion error": 2, "jitter": 2, "diversity": 2, "seconds": 3}
 _PERCENT = {
@@ -19,6 +20,14 @@ _PERCENT = {
     "background",
     "coverage",
     "dynamic degree",
+}
+
+# The tables of a page: which figures and costs answer which question.
+QUESTIONS = {
+    "Quality": ("style", "accuracy", "frame accuracy", *ATTRIBUTES, "CLIPScore"),
+    "Motion": ("motion error", "dynamic degree", "jitter"),
+    "Distances and diversity": ("KID", "Fréchet distance", "coverage", "density", "diversity", "FVD", "VideoMAE distance"),
+    "Cost": ("evaluations", "image evaluations", "seconds"),
 }
 
 
@@ -59,6 +68,30 @@ def markdown_table(rows: Mapping[str, Mapping[str, Figure]], costs: Mapping[str,
         cells += [_plain(key, costs.get(name, {}).get(key)) for key in cost_keys]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def tables_by_question(rows: Mapping[str, Mapping[str, Figure]], costs: Mapping[str, dict]) -> str:
+    """The same rows as Markdown tables that fit a page: one a question, under a heading of its own; rows without an answer are left out.
+
+    ValueError for a figure that no question, or more than one, asks for: none is left out in silence.
+    """
+    asked = [key for columns in QUESTIONS.values() for key in columns]
+    for key in dict.fromkeys(key for row in (*rows.values(), *costs.values()) for key in row):
+        if asked.count(key) != 1:
+            raise ValueError(
+                f"Expected one question that asks for {key}, found {asked.count(key)}; put it into one of QUESTIONS."
+            )
+    parts = []
+    for question, columns in QUESTIONS.items():
+        answers, prices = (_columns(table, columns) for table in (rows, costs))
+        answers = {name: answers[name] for name in rows if answers[name] or prices.get(name)}
+        if answers:
+            parts.append(f"### {question}\n\n{markdown_table(answers, prices)}")
+    return "\n".join(parts)
+
+
+def _columns(table: Mapping[str, Mapping], columns: Sequence[str]) -> dict[str, dict]:
+    return {name: {key: row[key] for key in columns if key in row} for name, row in table.items()}
 
 
 def _cell(key: str, figure: Figure | None) -> str:

@@ -8,12 +8,13 @@ import numpy as np
 
 from training.evaluation.measure import BETTER, PUBLIC_BETTER, Figure
 from training.evaluation.pictures import animated, contact_sheet, plot_table
-from training.evaluation.report import markdown_table, write_report
+from training.evaluation.report import tables_by_question, write_report
 from training.evaluation.rows import Bench, Method, VideoBench, kept
 
 logger = logging.getLogger(__name__)
 
 PLOTTED = ("accuracy", "Fréchet distance", "KID", "motion error", "coverage", "diversity", *PUBLIC_BETTER)
+SHORT = ", short"  # behind the names of the rows that evaluate.py's ablations give
 SHOWN = 4  # prompts in the pictures
 
 
@@ -49,16 +50,21 @@ class Table:
         values = {key: [run[key][0] for run in runs] for key in runs[0]}
         self.rows[name] = {key: (float(np.mean(v)), min(v), max(v)) for key, v in values.items()}
 
-    def write(self, about: dict, readme: Path | None) -> None:
-        """report.json, report.md, clips.png, clips.webp, plot.png; and the table into `readme`, between its markers."""
+    def write(self, about: dict, page: Path | None) -> None:
+        """report.json, report.md, clips.png, clips.webp, plot.png; and the tables into `page`, between its markers."""
         write_report(self.folder, "What distillation buys", self.rows, self.costs, about)
         captions = self.bench.prompts[:SHOWN]
         contact_sheet(self.shown, captions, self.folder / "clips.png")
         animated(self.shown, self.folder / "clips.webp", captions=captions)
         plotted = {name: {key: row[key] for key in PLOTTED if key in row} for name, row in self.rows.items()}
         plot_table(plotted, self.folder / "plot.png", better=BETTER | PUBLIC_BETTER)
-        if readme is not None:
-            insert(readme, "results", markdown_table(self.rows, self.costs), about)
+        if page is not None:
+            short = {name: row for name, row in self.rows.items() if name.endswith(SHORT)}
+            rows = {name: row for name, row in self.rows.items() if name not in short}
+            insert(page, "results", tables_by_question(rows, self.costs), about)
+            if short:
+                of_seeds = about | {"student": "one a row and training seed: the mean of the seeds, and their range"}
+                insert(page, "ablations", tables_by_question(short, self.costs), of_seeds)
 
     def _add(self, name: str, make: Callable[[], tuple[np.ndarray, float]], of: str = "") -> float:
         def measured() -> dict[str, np.ndarray]:
@@ -75,10 +81,10 @@ class Table:
         return self.folder / "rows" / ("".join(c if c.isalnum() else "-" for c in name) + ".safetensors")
 
 
-def insert(readme: Path, section: str, table: str, about: dict) -> None:
-    """Puts a table and what it was measured with between a section's markers, `<!-- section -->` and `<!-- end of section -->`."""
+def insert(page: Path, section: str, tables: str, about: dict) -> None:
+    """Puts tables and what they were measured with between a section's markers, `<!-- section -->` and `<!-- end of section -->`."""
     begin, end = f"<!-- {section} -->", f"<!-- end of {section} -->"
-    head, _, rest = readme.read_text().partition(begin)
+    head, _, rest = page.read_text().partition(begin)
     _, _, tail = rest.partition(end)
     facts = "; ".join(f"{key}: {value}" for key, value in about.items())
-    readme.write_text(f"{head}{begin}\n{table}\n{facts}.\n{end}{tail}")
+    page.write_text(f"{head}{begin}\n{tables}\n{facts}.\n{end}{tail}")

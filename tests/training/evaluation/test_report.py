@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from training.evaluation.report import markdown_table, write_report
+from training.evaluation.measure import BETTER, PUBLIC_BETTER
+from training.evaluation.report import QUESTIONS, markdown_table, tables_by_question, write_report
 
 ROWS = {
     "real clips": {"accuracy": (1.0, 0.97, 1.0), "Fréchet distance": (1.234, 1.0, 1.5)},
@@ -21,6 +22,31 @@ def test_the_table_is_markdown_with_every_figure_and_its_interval():
     assert set(rule) == {"---"} and len(rule) == len(head)
     assert real == ["real clips", "100.0% (97.0–100.0)", "1.23 (1.00–1.50)", "–", "–", "–"]
     assert student == ["student", "50.0% (40.0–60.0)", "–", "-0.001 (-0.002–0.000)", "4", "0.250"]
+
+
+def test_tables_by_question_hold_every_cell_of_the_wide_table_once():
+    said = {}
+    for part in tables_by_question(ROWS, COSTS).split("### ")[1:]:
+        question, table = part.split("\n\n", 1)
+        head, _, *rows = cells(table.strip())
+        said |= {(question, row[0], key): cell for row in rows for key, cell in zip(head[1:], row[1:], strict=True)}
+    assert said == {
+        ("Quality", "real clips", "accuracy ↑"): "100.0% (97.0–100.0)",
+        ("Quality", "student", "accuracy ↑"): "50.0% (40.0–60.0)",
+        ("Distances and diversity", "real clips", "KID ↓"): "–",
+        ("Distances and diversity", "real clips", "Fréchet distance ↓"): "1.23 (1.00–1.50)",
+        ("Distances and diversity", "student", "KID ↓"): "-0.001 (-0.002–0.000)",
+        ("Distances and diversity", "student", "Fréchet distance ↓"): "–",
+        ("Cost", "student", "evaluations"): "4",
+        ("Cost", "student", "seconds"): "0.250",
+    }
+
+
+def test_every_figure_has_its_question():
+    asked = [key for columns in QUESTIONS.values() for key in columns]
+    assert BETTER.keys() | PUBLIC_BETTER.keys() | {"dynamic degree"} <= set(asked) and len(asked) == len(set(asked))
+    with pytest.raises(ValueError, match="question that asks for sharpness, found 0"):
+        tables_by_question({"student": {"sharpness": (1.0, 1.0, 1.0)}}, {})
 
 
 def test_the_report_says_the_same_as_json(tmp_path):
