@@ -25,7 +25,7 @@ NODES = {  # from which workflow the picture of a node on its help page is
     "AVDM2StyleTransfer": ("miniature_style_transfer", "style_transfer"),
     "AVDM2StyleTraining": ("miniature_style_training", "style_training"),
 }
-IN_README = {"miniature_text_to_video": 640, "miniature_teacher_and_student": 820}  # the page's height
+IN_DOCS = {"miniature_text_to_video": 640, "miniature_teacher_and_student": 820}  # the page's height
 WIDTH, MARGIN = 1200, 15  # of a workflow's picture in the template browser
 ADD_SAVE = """() => {
   const save = LiteGraph.createNode("AVDM2SaveStudent")
@@ -50,8 +50,8 @@ def take(page: Page, path: Path) -> None:
     graph = around(page.boxes()["graph"], MARGIN)
     page.tab.set_viewport_size({"width": 2100, "height": 1300})  # at a smaller scale the page draws no texts
     page.picture(path.with_suffix(".jpg"), page.show(graph, 1.5 * WIDTH / graph[2], 150, 130), WIDTH)
-    if path.stem in IN_README:
-        page.tab.set_viewport_size({"width": 1600, "height": IN_README[path.stem]})
+    if path.stem in IN_DOCS:
+        page.tab.set_viewport_size({"width": 1600, "height": IN_DOCS[path.stem]})
         page.show(graph, 1490 / graph[2], 85, 105)
         page.picture(ROOT / "docs" / f"graph_{path.stem.removeprefix('miniature_')}.jpg")
     for node, (workflow, name) in NODES.items():

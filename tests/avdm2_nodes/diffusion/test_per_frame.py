@@ -1,4 +1,4 @@
-"""How far clips of an exported student lie from ours: the README states these figures."""
+"""How far clips of an exported student lie from ours: docs/other_tools.md states these figures."""
 
 import numpy as np
 import pytest
