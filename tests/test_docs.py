@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from training.evaluation.feature_net import content_hash
 from training.run.config import DistillConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,6 +142,39 @@ def test_the_readme_lists_the_nodes():
     table = read(README).partition("<!-- nodes -->\n")[2].partition("<!-- end of nodes -->")[0]
     texts = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
     assert {line.split("|")[1].strip() for line in table.splitlines()[2:]} == {node["display_name"] for node in texts.values()}
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_readme_s_figures_are_those_of_the_results():
+    """Rounded, and of the student that ships."""
+    named = {
+        "right in every attribute": "accuracy ↑", "motion error (px a frame)": "motion error ↓",
+        "Fréchet distance": "Fréchet distance ↓",
+    }  # fmt: skip
+    rows = {
+        "real clips through the VAE": "real clips (VAE)", "teacher, 25 steps, guided": "teacher 25 steps, guided",
+        "student": "student 4 steps",
+    }  # fmt: skip
+    text = read(ROOT / "docs" / "results.md").partition("<!-- results -->")[2].partition("<!-- end of results -->")[0]
+    full: dict[tuple[str, str], str] = {}
+    for table in text.split("### ")[1:]:
+        head, _, *body = cells(table)
+        full |= {(row[0], key): cell.split(" ")[0] for row in body for key, cell in zip(head, row, strict=True)}
+    (head, _, *body) = cells(next(table for table in read(README).split("\n\n") if "motion error (px a frame)" in table))
+    compared = 0
+    for row in body:
+        for key, cell in zip(head[1:], row[1:], strict=True):
+            if row[0] in rows and cell:
+                exact, said = (x.removesuffix("%") for x in (full[rows[row[0]], named.get(key, key)], cell))
+                digits = len(said.partition(".")[2])
+                assert f"{float(exact):.{digits}f}" == said, f"{key} of {row[0]}: {cell}, and {exact} in docs/results.md"
+                compared += 1
+    assert compared == 14
+    student = content_hash(ROOT / "miniature" / "student.safetensors")[:12]
+    assert f"sha256 {student}" in read(README) and f"student: student.safetensors, sha256 {student}" in text
 
 
 @pytest.mark.parametrize(("page", "section"), [("results", "results"), ("results", "ablations"), ("styles", "styles")])
