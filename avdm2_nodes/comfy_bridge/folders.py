@@ -45,6 +45,16 @@ def stack_folders() -> dict[str, Path]:
     return found
 
 
+def stack_folder(name: str) -> Path:
+    """The stack that a person picked. ModelFileError where it is gone."""
+    found = stack_folders().get(name)
+    if found is None:
+        raise ModelFileError(
+            f"Expected a stack {name}, found none; put it into models/diffusers, or refresh and choose another."
+        )
+    return found
+
+
 def style_folders() -> dict[str, Path]:
     """Image UNets of other styles that lie in the stacks, by the name that a person picks."""
     found = {}
@@ -60,8 +70,11 @@ def style_files() -> dict[str, Path]:
     for name, stack in stack_folders().items():
         for file in sorted(stack.glob("styles/*.safetensors")):
             found[f"{file.stem} of {name}, fine-tuned"] = file
-    students = ((name, Path(folder_paths.get_full_path(STUDENTS, name))) for name in folder_paths.get_filename_list(STUDENTS))
-    return found | {name: path for name, path in students if is_style_file(path)}
+    for name in folder_paths.get_filename_list(STUDENTS):
+        path = folder_paths.get_full_path(STUDENTS, name)  # None for a link to nothing
+        if path is not None and is_style_file(Path(path)):
+            found[name] = Path(path)
+    return found
 
 
 def is_style_file(path: Path) -> bool:
@@ -107,6 +120,12 @@ def checkpoint_choices() -> list[str]:
 
 def motion_choices() -> list[str]:
     return [OWN_MOTION, *folder_paths.get_filename_list(MOTION)]
+
+
+def module_choices() -> list[str]:
+    """Motion modules: those of the folder, and the miniature's."""
+    bundled = [BUNDLED_NAME] if (BUNDLED / "motion_adapter").is_dir() else []
+    return [*folder_paths.get_filename_list(MOTION), *bundled]
 
 
 def style_choices() -> list[str]:

@@ -1,12 +1,12 @@
-"""What travels along the wires of our nodes: teachers, students and styles, and how they are loaded."""
+"""Teachers and students as native MODELs: what is put into an SD1.5 MODEL, and what is known of it afterwards."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-import comfy.latent_formats
 import comfy.sd
+import comfy.utils
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -14,131 +14,71 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from ..diffusion.unets import Predictor, image_predictor, video_predictor, video_unet
-from ..diffusion.windows import ANIMATEDIFF_FRAMES, windowed
-from ..files import student as student_file
-from ..files import student_unet as student_network
-from ..files.hashes import weights_hash
+from ..diffusion.windows import ANIMATEDIFF_FRAMES
+from ..files.architecture import require_architecture
+from ..files.hashes import tensors_hash
 from ..files.peers import is_peer, load_peer, lora_beside
 from ..files.recognise import require
-from ..files.stack import load_image_unet, load_motion, load_stack
-from ..files.student_info import StyleUse
-from . import folders, memory, native
-from .progress import interruptible
-from .text import StackCLIP
+from ..files.stack import load_motion, stack_frames
+from ..files.student import Student, read_student
+from ..files.student_info import ANY_BASE, StudentFileError
+from ..files.student_unet import positions
+from . import folders, native
+from .facts import Facts, ModelError, facts_of
+from .motion import KEY, MotionWeights, network_of, with_motion
+from .progress import say
+from .sampling import look_after
+from .windows import with_windows
 
-
-@dataclass(frozen=True)
-class Teacher:
-    """AVDM2_TEACHER: a video UNet under ComfyUI's memory management, and what its students have to know of it."""
-
-    name: str
-    patcher: ModelPatcher
-    architecture: UNet2DConditionModel  # on the meta device
-    base_hash: str
-    empty_text: Tensor  # (1, L, D), the empty prompt's embedding
-    frames: int  # of a context window
-    image_unet: Callable[[], UNet2DConditionModel]  # loads the base once more, float32 on the CPU
-    path: Path | None  # of the checkpoint or the stack; None where a MODEL took its place
-    motion_path: Path
-
-    @property
-    def latent_format(self):
-        return self.patcher.model.latent_format
-
-    @property
-    def text_width(self) -> int:
-        return self.architecture.config.cross_attention_dim
-
-    @property
-    def pixels(self) -> int:
-        """What a clip's sides in pixels are a multiple of: the VAE's factor times the UNet's."""
-        return 8 * 2 ** (len(self.architecture.config.block_out_channels) - 1)
-
-
-@dataclass(frozen=True)
-class Guide:
-    """A style that guides a student's sampling: an image model, and the one that it is compared with."""
-
-    name: str
-    patcher: ModelPatcher
-    source: ModelPatcher
-    strength: float
-    pulls: int
-    text: Tensor | None = None  # (1, L, D) the prompt by its own text encoder; None: the student's
-
-
-@dataclass(frozen=True)
-class Change:
-    """A style that is in a student's weights."""
-
-    use: StyleUse
-    tensors: Callable[[], dict[str, Tensor]] = field(repr=False)  # what is added to its weights at strength 1, by their names
-
-
-@dataclass(frozen=True)
-class Student:
-    """AVDM2_STUDENT: a student file's weights, and those of styles, as patches on its teacher's UNet."""
-
-    file: student_file.Student
-    patcher: ModelPatcher
-    teacher: Teacher
-    guides: tuple[Guide, ...] = ()
-    changes: tuple[Change, ...] = ()
+# ---- teachers ----
 
 
 def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None):
-    """(Teacher, CLIP, VAE) by the names that a person picked; a native MODEL takes the place of the checkpoint's UNet.
+    """(MODEL, CLIP, VAE) of a teacher by the names that a person picked; a MODEL that is wired takes the place of the checkpoint's.
 
     One of the errors of the rooms below where something is missing or does not fit.
     """
     folder = folders.stack_folders().get(checkpoint)
-    motion_path = motion_choice(motion, folder)
-    adapter = load_motion(motion_path)  # before the checkpoint: the smaller file fails faster
+    path = motion_choice(motion, folder)
+    weights = motion_weights(path)  # before the checkpoint: the smaller file fails faster
     if folder:
-        stack = load_stack(folder, with_motion=False)
-        clip, vae = StackCLIP(stack.tokenizer, stack.text_encoder), native.native_vae(stack.vae)
-        latent_format, frames = native.stack_latent_format(stack), stack.frames
-        image_unet = partial(load_image_unet, folder)
+        own, clip, vae = native.load_native_stack(folder)
+        frames = stack_frames(folder)
     else:
-        path = folders.model_file(folders.CHECKPOINTS, checkpoint)
-        _, clip, vae = load_checkpoint(path, model=False)
-        latent_format, frames = comfy.latent_formats.SD15(), ANIMATEDIFF_FRAMES
-        image_unet = partial(checkpoint_unet, path)
-    if model is not None:
-        image_unet = partial(native.image_unet_of, model)
-    base = image_unet()
-    with torch.device("meta"):
-        architecture = UNet2DConditionModel.from_config(base.config)
-    teacher = Teacher(
-        name=checkpoint,
-        patcher=memory.unet_patcher(video_unet(base, adapter), latent_format),
-        architecture=architecture,
-        base_hash=weights_hash(base),
-        empty_text=clip.encode_from_tokens_scheduled(clip.tokenize(""))[0][0].float().cpu(),
-        frames=min(frames, adapter.config.motion_max_seq_length),
-        image_unet=image_unet,
-        path=(folder or path) if model is None else None,
-        motion_path=motion_path,
-    )
-    return teacher, clip, vae
+        file = folders.model_file(folders.CHECKPOINTS, checkpoint)
+        own, clip, vae = load_checkpoint(file, model=model is None)
+        frames = ANIMATEDIFF_FRAMES
+    base = (folder or file) if model is None else checkpoint_of(model)
+    empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))[0][0].float().cpu()
+    made = _with_teacher(own if model is None else model, weights, base, path, frames)
+    made.set_attachments(KEY, replace(facts_of(made), empty_text=empty))
+    return made, clip, vae
 
 
-def load_checkpoint(path: Path, model: bool = True, clip: bool = True, vae: bool = True):
-    """ComfyUI's (MODEL, CLIP, VAE) of an SD1.5 checkpoint, None for what is not asked for.
-
-    FileFormatError, before it is loaded, for any other file.
-    """
-    require(path, ("sd15",), "an SD1.5 checkpoint")
-    embeddings = folder_paths.get_folder_paths("embeddings")
-    return comfy.sd.load_checkpoint_guess_config(
-        str(path), output_vae=vae, output_clip=clip, embedding_directory=embeddings, output_model=model
-    )[:3]
+def add_motion(model: ModelPatcher, motion: str, strength: float = 1.0, clips: int = 1) -> ModelPatcher:
+    """A MODEL with a motion module, by the name that a person picked: a teacher, or plain AnimateDiff."""
+    if motion == folders.BUNDLED_NAME:
+        path, frames = folders.BUNDLED / "motion_adapter", stack_frames(folders.BUNDLED)
+    else:
+        path, frames = folders.model_file(folders.MOTION, motion), ANIMATEDIFF_FRAMES
+    return _with_teacher(model, motion_weights(path), checkpoint_of(model), path, frames, strength, clips)
 
 
-def checkpoint_unet(path: Path) -> UNet2DConditionModel:
-    """The image UNet of an SD1.5 checkpoint, float32 on the CPU. Errors as `load_checkpoint` and `native.image_unet_of`."""
-    return native.image_unet_of(load_checkpoint(path, clip=False, vae=False)[0], str(path))
+def _with_teacher(model, weights: MotionWeights, base, path: Path, frames: int, strength: float = 1.0, clips: int = 1):
+    native.require_sd15(model)
+    earlier = facts_of(model)
+    image_model = earlier.image_model if earlier else model
+    made = look_after(with_motion(image_model, weights, strength, clips))
+    made = with_windows(made, min(frames, weights.frames))
+    made.set_attachments(KEY, Facts(image_model, base, path, min(frames, weights.frames)))
+    return made
+
+
+def motion_weights(path: Path) -> MotionWeights:
+    """Motion modules of a file or a diffusers folder. StackError as `load_motion`."""
+    adapter = load_motion(path)
+    config = adapter.config
+    return MotionWeights(adapter.state_dict(), config.motion_num_attention_heads, config.motion_norm_num_groups)
 
 
 def motion_choice(name: str, folder: Path | None) -> Path:
@@ -152,37 +92,101 @@ def motion_choice(name: str, folder: Path | None) -> Path:
     return folder / "motion_adapter"
 
 
-def load_student(name: str, teacher: Teacher) -> Student:
-    """A student by the name that a person picked, as patches on a clone of its teacher's patcher; `load_peer`'s too.
+def load_checkpoint(path: Path, model: bool = True, clip: bool = True, vae: bool = True):
+    """ComfyUI's (MODEL, CLIP, VAE) of an SD1.5 checkpoint, None for what is not asked for.
 
-    One whose motion modules lie elsewhere than its teacher's gets a network of its own. StudentFileError as `require_base`.
+    FileFormatError, before it is loaded, for any other file; ModelError for one that ComfyUI does not know.
     """
+    require(path, ("sd15",), "an SD1.5 checkpoint")
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    try:
+        return comfy.sd.load_checkpoint_guess_config(
+            str(path), output_vae=vae, output_clip=clip, embedding_directory=embeddings, output_model=model
+        )[:3]
+    except RuntimeError as error:
+        raise ModelError(f"Expected a checkpoint that ComfyUI can load at {path}, found: {error}; use another.") from error
+
+
+def checkpoint_unet(path: Path) -> UNet2DConditionModel:
+    """The image UNet of an SD1.5 checkpoint, float32 on the CPU. Errors as `load_checkpoint` and `native.image_unet_of`."""
+    return native.image_unet_of(load_checkpoint(path, clip=False, vae=False)[0], str(path))
+
+
+# ---- students ----
+
+
+def load_student(name: str, model: ModelPatcher, clips: int = 1) -> ModelPatcher:
+    """A student by the name that a person picked, on a clone of an SD1.5 MODEL; `load_peer`'s too.
+
+    It takes the place of motion modules and of a student that the MODEL had; LoRAs that a person wired before it stay. On another base
+    than its own it runs and the node says so. StudentFileError for a base of another architecture.
+    """
+    native.require_sd15(model)
     path = folders.student_file(name)
+    earlier = facts_of(model)
+    image_model = earlier.image_model if earlier else model
+    with torch.device("meta"):
+        architecture = UNet2DConditionModel(**native.diffusers_config(image_model.model.model_config))
     if is_peer(path):
-        read = load_peer(path, teacher.architecture, folders.lora_file(lora_beside(path)))
+        read = load_peer(path, architecture, folders.lora_file(lora_beside(path)))
     else:
-        read = student_file.read_student(path)
-    student_network.require_base(read, teacher.architecture, teacher.base_hash)
-    if not _same_motion(read, teacher):
-        unet = student_network.student_unet(read, teacher.image_unet())
-        return Student(read, memory.unet_patcher(unet, teacher.latent_format), teacher)
-    patcher = teacher.patcher.clone()
-    patches = weight_patches(read.tensors, read.info.lora_alpha)
-    patcher.add_patches({f"diffusion_model.{key}": patch for key, patch in patches.items()})
-    dtype = patcher.model.get_dtype()
-    for key, positions in student_network.positions(read).items():  # buffers, which weight patches do not reach
-        patcher.add_object_patch(f"diffusion_model.{key}", positions.to(dtype))
-    return Student(read, patcher, teacher)
+        read = read_student(path)
+    info = read.info
+    require_architecture(info, architecture, read.name)  # whether it is of the same weights is told below
+    if info.holds == "all" and architecture.config.in_channels != info.unet_config.get("in_channels", 4):
+        raise StudentFileError(
+            f"Expected a base of 4 input channels for {read.name}, found another; use a plain SD1.5 checkpoint."
+        )
+    say(base_warning(read, image_model))
+    made = with_motion(image_model, student_motion(read), clips=clips)
+    made = with_weights(made, read.tensors, info.lora_alpha, first=info.holds == "all")
+    made = with_windows(look_after(made), info.frames)
+    base = earlier.base if earlier and earlier.base else checkpoint_of(image_model)
+    facts = Facts(image_model, base, earlier.motion if earlier else None, info.frames, read)
+    made.set_attachments(KEY, replace(facts, empty_text=earlier.empty_text if earlier else None))
+    return made
 
 
-def _same_motion(student: student_file.Student, teacher: Teacher) -> bool:
-    """True where both have the same motion modules: v2 has some in its mid block, v1 and v3 have none there."""
-    names = {name for name, _ in teacher.patcher.model.diffusion_model.named_parameters() if "motion_modules." in name}
-    return names == {name for name in student.tensors if "motion_modules." in name and not name.endswith(".pe")}
+def student_motion(student: Student) -> MotionWeights:
+    """The motion modules of a student file, with its position encodings or diffusers' own."""
+    config = student.info.unet_config
+    tensors = {name: tensor for name, tensor in student.tensors.items() if "motion_modules" in name} | positions(student)
+    heads = config.get("motion_num_attention_heads") or config.get("num_attention_heads") or 8
+    return MotionWeights(tensors, heads, config.get("norm_num_groups", 32))
 
 
-def weight_patches(tensors: Mapping[str, Tensor], lora_alpha: float | None) -> dict:
-    """A file's weights, by the names of those they change, as ComfyUI's patches: LoRA where it is LoRA, else the weight itself."""
+def with_weights(
+    model: ModelPatcher,
+    tensors: Mapping[str, Tensor],
+    lora_alpha: float | None,
+    strength: float = 1.0,
+    first: bool = False,
+    kind: str = "set",
+) -> ModelPatcher:
+    """A clone of a MODEL with a file's spatial weights, by diffusers' names, as patches; `first`: before those that it has.
+
+    What is no LoRA takes the weight's place ("set") or is added to it ("diff").
+    """
+    made = model.clone()
+    names = comfy.utils.unet_to_diffusers(made.model.model_config.unet_config)
+    patches = {
+        f"diffusion_model.{names[key]}": patch
+        for key, patch in weight_patches(tensors, lora_alpha, kind).items()
+        if "motion_modules" not in key
+    }
+    before = made.patches if first else {}
+    if first:
+        made.patches = {}
+    missing = patches.keys() - set(made.add_patches(patches, strength))
+    if missing:
+        raise ModelError(f"Expected a MODEL with the layers that this file changes, found none at {min(missing)}.")
+    for key, changes in before.items():
+        made.patches[key] = made.patches.get(key, []) + changes
+    return made
+
+
+def weight_patches(tensors: Mapping[str, Tensor], lora_alpha: float | None, kind: str = "set") -> dict:
+    """A file's weights, by the names of those they change, as ComfyUI's patches: LoRA where it is LoRA, else of this kind."""
     patches = {}
     for key, tensor in tensors.items():
         if key.endswith(".lora_A.weight"):
@@ -190,17 +194,57 @@ def weight_patches(tensors: Mapping[str, Tensor], lora_alpha: float | None) -> d
             up = tensors[f"{module}.lora_B.weight"]
             patches[f"{module}.weight"] = LoRAAdapter(set(), (up, tensor, lora_alpha, None, None, None))
         elif not key.endswith((".lora_B.weight", ".pe")):
-            patches[key] = ("set", (tensor,))
+            patches[key] = (kind, (tensor,))
     return patches
 
 
-def loaded_predictors(
-    patcher: ModelPatcher, frames: int, shape, guides=()
-) -> tuple[Predictor, list[tuple[Predictor, Predictor]]]:
-    """Has the networks loaded; the video predictor, in windows of `frames`, and (style, source) predictors of each guide."""
-    patchers = list(dict.fromkeys([patcher, *(p for guide in guides for p in (guide.patcher, guide.source))]))
-    unet, *images = memory.load(patchers, shape)
-    by_patcher = dict(zip(patchers, [unet, *images], strict=True))
-    video = windowed(interruptible(video_predictor(unet)), frames)
-    pairs = [tuple(interruptible(image_predictor(by_patcher[p])) for p in (guide.patcher, guide.source)) for guide in guides]
-    return video, pairs
+# ---- bases ----
+
+_hashes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of networks, which several MODELs share
+
+
+def checkpoint_of(model: ModelPatcher) -> Path | None:
+    """The file that a MODEL was loaded from, where core remembers it (0.33 does, 0.8 does not)."""
+    facts = facts_of(model)
+    if facts is not None and facts.base is not None:
+        return facts.base
+    _, *arguments = getattr(model, "cached_patcher_init", None) or (None, ())
+    path = Path(arguments[0][0]) if arguments[0] and isinstance(arguments[0][0], (str, Path)) else None
+    return path if path is not None and path.exists() else None
+
+
+def base_hash(model: ModelPatcher) -> str | None:
+    """`tensors_hash` of a MODEL's UNet as its file holds it, whatever core has cast it to; None where that cannot be known."""
+    network = network_of(model.model)
+    if network not in _hashes:
+        weights = native.base_weights(model)
+        if all(weight.dtype in (torch.float16, torch.float32) for weight in weights.values()):
+            _hashes[network] = tensors_hash(weights)
+        else:
+            path = checkpoint_of(model)
+            _hashes[network] = tensors_hash(_file_weights(path, model)) if path is not None and path.is_file() else None
+    return _hashes[network]
+
+
+def _file_weights(path: Path, model: ModelPatcher) -> dict[str, Tensor]:
+    """The UNet's weights in a checkpoint's file, by diffusers' names."""
+    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    held = comfy.utils.load_torch_file(str(path), safe_load=True)
+    prefix = "model.diffusion_model."
+    return {ours: held[prefix + theirs] for ours, theirs in names.items() if prefix + theirs in held}
+
+
+def base_warning(student: Student, model: ModelPatcher) -> str:
+    """What to tell of a student on this base; nothing where it is its own, any will do, or the student replaces its weights."""
+    info = student.info
+    if info.holds == "all" or info.base_hash == ANY_BASE:
+        return ""
+    found = base_hash(model)
+    if found is None:
+        return f"Whether this checkpoint is {info.base_name}, which the student was made from, cannot be told; it runs all the same."
+    if found != info.base_hash:
+        return (
+            f"The student was made from {info.base_name}, this checkpoint is another: its clips take on this one's look, and may be less "
+            "sharp or move less well."
+        )
+    return ""

@@ -1,5 +1,6 @@
 """Progress, previews and interruption, as ComfyUI has them."""
 
+import logging
 import math
 from functools import partial
 from pathlib import Path
@@ -7,25 +8,21 @@ from pathlib import Path
 import comfy.utils
 import folder_paths
 import torch
-from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
-from ..diffusion.samplers import Callback
-from ..diffusion.unets import Predictor
+logger = logging.getLogger(__name__)
 
 SHOWN_FRAMES, SHOWN_RATE, SHOWN_SIDE = 16, 8, 320  # at most, a second, pixels of the longer side at most
 
 
-def interruptible(predict: Predictor) -> Predictor:
-    """A predictor that stops before its next evaluation when a person has asked for it."""
-
-    def eps(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        throw_exception_if_processing_interrupted()
-        return predict(x_t, t, text)
-
-    return eps
+def say(text: str) -> None:
+    """Tells a person what to know of a graph that runs all the same: on the node that is being run, and in the log."""
+    if text:
+        logger.warning("AVDM2: %s", text)
+        show_text(text)
 
 
 def show_text(text: str) -> None:
@@ -44,16 +41,18 @@ def shown_files(pictures: list[Path]) -> list[dict]:
     return [{"filename": part.name, "subfolder": part.parent.as_posix(), "type": "output"} for part in parts]
 
 
-def sampling_callback(steps: int, latent_format) -> Callback:
-    """Moves ComfyUI's bar at each step and shows the clip that the step predicts."""
+def with_moving_previews(callback, latent_format, steps: int):
+    """Core's callback of a sampler, and after it the clip that moves, where ComfyUI's setting asks for previews at all."""
+    if callback is None or args.preview_method == LatentPreviewMethod.NoPreviews:
+        return callback
     bar = comfy.utils.ProgressBar(steps)
 
-    def callback(done: int, x0: Tensor) -> None:
-        throw_exception_if_processing_interrupted()
-        picture = moving_picture(x0[0].transpose(0, 1), latent_format)
-        bar.update_absolute(done, steps, ("PNG", picture, None) if picture else None)
+    def both(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+        callback(step, x0, x, total)
+        if len(x0) > 1 and (picture := moving_picture(x0, latent_format)):
+            bar.update_absolute(step + 1, total, ("PNG", picture, None))
 
-    return callback
+    return both
 
 
 def moving_picture(latents: Tensor, latent_format) -> Image.Image | None:

@@ -1,71 +1,82 @@
-"""Styles on a student: an image model that guides its sampling, or one in its weights, as patches on a clone of its patcher."""
+"""Styles on a student: an image model that guides its sampling, or one in its weights, as patches on a clone of its MODEL."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import comfy.model_management as management
+import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from diffusers import UNet2DConditionModel
+from einops import rearrange
+from torch import Tensor
 
+from ..diffusion.guidance import pull_generators, pulled
+from ..diffusion.samplers import draw_noise
 from ..diffusion.style import require_same_family, style_change
+from ..diffusion.unets import Predictor
 from ..files.hashes import weights_hash
 from ..files.stack import load_image_unet
 from ..files.student_info import StyleUse
 from ..files.style import lora_change, read_style, require_student
-from . import folders, memory, native
-from .models import Change, Guide, Student, Teacher, checkpoint_unet, weight_patches
-from .text import text_of
+from . import folders, native
+from .facts import Change, ModelError, student_facts
+from .models import checkpoint_unet, with_weights
+from .motion import KEY, attention_options, computed_in
 
 GUIDANCE, TRANSPLANT = "guidance", "transplant"
 
 
 def with_style(
-    student: Student,
+    model: ModelPatcher,
     style: str,
     strength: float,
-    model: ModelPatcher | None = None,
+    style_model: ModelPatcher | None = None,
     mode: str = GUIDANCE,
     prompt: list | None = None,
     pulls: int = 1,
-) -> Student:
+) -> ModelPatcher:
     """The student with one more style; at strength 0 the student itself, once the style is known to fit.
 
     A style file is put into its weights; an image model, by name or as a MODEL, guides its sampling or is transplanted. Errors of the
     rooms below, sentences all.
     """
-    if model is None and (path := folders.style_files().get(style)):
-        return with_style_file(student, path, strength)
-    name, load = ("the MODEL", partial(native.image_unet_of, model)) if model is not None else (style, _loader(style))
+    facts = student_facts(model)
+    if style_model is None and (path := folders.style_files().get(style)):
+        return with_style_file(model, path, strength)
+    name, load = (
+        ("the MODEL", partial(native.image_unet_of, style_model)) if style_model is not None else (style, _loader(style))
+    )
     unet = load()
-    require_same_family(unet, student.teacher.architecture)
+    base = native.image_unet_of(facts.image_model)
+    require_same_family(unet, base)
     if strength == 0:
-        return student
+        return model
     if mode == TRANSPLANT:
-        change = style_change(student.teacher.image_unet(), unet)
+        change = style_change(base, unet)
         use = StyleUse(name=name, hash=weights_hash(unet), mode="transplant", strength=strength)
         half = {key: t.half() for key, t in change.items() if t.any()}  # as student files have theirs, and half the memory
-        return _changed(student, Change(use, lambda: half), {key: ("diff", (t,)) for key, t in half.items()})
-    text = None if prompt is None else text_of(prompt, student.teacher.text_width, "prompt")
-    source = student.guides[0].source if student.guides else _image_patcher(student.teacher.image_unet(), student.teacher)
-    guide = Guide(name, _image_patcher(unet, student.teacher), source, strength, pulls, text)
-    return replace(student, guides=(*student.guides, guide))
+        return _changed(model, Change(use, lambda: half), half, None, strength)
+    return _guided(model, name, unet, base, strength, pulls, prompt)
 
 
-def with_style_file(student: Student, path: Path, strength: float) -> Student:
+def with_style_file(model: ModelPatcher, path: Path, strength: float) -> ModelPatcher:
     """The student with a style that was learnt for it. Errors as `read_style` and `require_student`."""
     style = read_style(path)
-    require_student(style, student.file)
+    require_student(style, student_facts(model).student)
     if strength == 0:
-        return student
+        return model
     use = StyleUse(name=style.info.name, hash=style.info.hash, mode="fine-tuned", strength=strength)
-    return _changed(student, Change(use, partial(lora_change, style)), weight_patches(style.tensors, style.info.lora_alpha))
+    return _changed(model, Change(use, partial(lora_change, style)), style.tensors, style.info.lora_alpha, strength)
 
 
-def _changed(student: Student, change: Change, patches: dict) -> Student:
-    patcher = student.patcher.clone()
-    patcher.add_patches({f"diffusion_model.{key}": patch for key, patch in patches.items()}, change.use.strength)
-    return replace(student, patcher=patcher, changes=(*student.changes, change))
+def _changed(model, change: Change, tensors, lora_alpha: float | None, strength: float) -> ModelPatcher:
+    made = with_weights(model, tensors, lora_alpha, strength, kind="diff")
+    facts = student_facts(model)
+    made.set_attachments(KEY, replace(facts, changes=(*facts.changes, change)))
+    return made
 
 
 def _loader(style: str) -> Callable[[], UNet2DConditionModel]:
@@ -76,5 +87,67 @@ def _loader(style: str) -> Callable[[], UNet2DConditionModel]:
     )
 
 
-def _image_patcher(unet: UNet2DConditionModel, teacher: Teacher) -> ModelPatcher:
-    return memory.unet_patcher(unet, teacher.latent_format)
+# ---- guidance ----
+
+FRAMES_AT_ONCE = 32  # that an image model sees together
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A style that pulls a student's frames after each step; its networks are additional models of the MODEL."""
+
+    number: int  # of the guides that the MODEL has: each has its own noise
+    strength: float
+    pulls: int
+    text: Tensor | None  # (1, L, D) the prompt by the style's own text encoder; None: the student's
+
+    @property
+    def key(self) -> str:
+        return f"{KEY}_guide_{self.number}"
+
+    def __call__(self, executor, x, timestep, model_options=None, seed=None):
+        """Core's wrapper around what a step predicts, x0 (F, C, h, w), after guidance by the prompts."""
+        options = model_options or {}
+        x0, guider = executor(x, timestep, options, seed), executor.class_obj
+        style, source = (native_predictor(p.model) for p in guider.model_patcher.get_additional_models_with_key(self.key))
+        text = guider.conds["positive"][0]["cross_attn"].to(x0.device)
+        own = None if self.text is None else [self.text.to(x0.device)] * 2
+        (generator,) = pull_generators([seed or 0], self.number)
+        for _ in range(self.pulls * step_of(timestep, options)):  # the noise of the steps before
+            draw_noise((1, *x0.shape[1:]), generator)
+        refine = pulled(style, source, text, text, self.strength, generator, style_texts=own, pulls=self.pulls)
+        clip = refine(rearrange(x0, "f c h w -> 1 c f h w").float(), 0)
+        return rearrange(clip, "1 c f h w -> f c h w").to(x0.dtype)
+
+
+def step_of(timestep: Tensor, model_options: dict) -> int:
+    """Which step of a sampling this evaluation belongs to, from 0."""
+    sigmas = model_options["transformer_options"]["sample_sigmas"]
+    return int((sigmas[:-1] - timestep.flatten()[0].to(sigmas)).abs().argmin())
+
+
+def native_predictor(base) -> Predictor:
+    """eps(x_t (N, C, h, w), t (N,), text (N, L, D)) by a native image model."""
+
+    def eps(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        management.throw_exception_if_processing_interrupted()
+        dtype, options = computed_in(base), attention_options({}, x_t.device)
+        parts = zip(*(tensor.split(FRAMES_AT_ONCE) for tensor in (x_t.to(dtype), t.float(), text.to(dtype))), strict=True)
+        return torch.cat(
+            [base.diffusion_model(x, at, context=words, transformer_options=dict(options)).float() for x, at, words in parts]
+        )
+
+    return eps
+
+
+def _guided(model, name: str, style, base, strength: float, pulls: int, prompt: list | None) -> ModelPatcher:
+    """The student pulled towards what `style` sees in a frame otherwise than the student's own image model."""
+    facts, made = student_facts(model), model.clone()
+    if prompt is not None and len(prompt) != 1:
+        raise ModelError(f"Expected one prompt for the style, found {len(prompt)}; wire one CLIP Text Encode.")
+    guide = Guide(len(facts.guides), strength, pulls, None if prompt is None else prompt[0][0].float())
+    latent_format = model.model.latent_format
+    made.set_additional_models(guide.key, [native.image_model(unet, latent_format) for unet in (style, base)])
+    made.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, guide.key, guide)
+    made.set_attachments(KEY, replace(facts, guides=(*facts.guides, name)))
+    return made

@@ -14,11 +14,12 @@ import comfy.model_management as management
 import comfy.sd1_clip
 import comfy.utils
 import yaml
+from comfy.model_patcher import ModelPatcher
 from PIL import Image
 
 from ..files.student import student_path
 from . import folders
-from .models import Student
+from .facts import Facts, student_facts
 from .process import Process
 from .progress import show_text
 from .styles import with_style_file
@@ -40,12 +41,12 @@ class TrainingError(RuntimeError):
 class Trained:
     """A student with the style that was learnt for it, the style's file, and the sheets of clips that were made on the way."""
 
-    student: Student
+    student: ModelPatcher
     file: Path
     samples: list[Path]
 
 
-def train_style(student: Student, style: str, name: str, updates: int, prompts: str = "") -> Trained:
+def train_style(model: ModelPatcher, style: str, name: str, updates: int, prompts: str = "") -> Trained:
     """Learns a style for this student in a process of its own and waits for it, showing what it does.
 
     `style` is one of `folders.style_sources()`; `updates` 0 and no prompts (one a line) take what the settings say. Goes on where an
@@ -54,7 +55,7 @@ def train_style(student: Student, style: str, name: str, updates: int, prompts: 
     """
     file = student_path(folders.saving_folder(folders.STUDENTS), name)
     folder = folders.run_folder(file.relative_to(folders.saving_folder(folders.STUDENTS)).with_suffix("").as_posix())
-    command = style_command(student, style, folder, updates, prompts)
+    command = style_command(student_facts(model), style, folder, updates, prompts)
     require_training()
     require_own(file, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,21 +66,26 @@ def train_style(student: Student, style: str, name: str, updates: int, prompts: 
     with Process([SCRIPT, *command], folder / LOG) as job:
         follow(job, folder)
     install(folder / MADE, file)
-    return Trained(with_style_file(student, file, 1.0), file, sample_sheets(folder))
+    return Trained(with_style_file(model, file, 1.0), file, sample_sheets(folder))
 
 
-def style_command(student: Student, style: str, folder: Path, updates: int, prompts: str) -> list[str]:
+def style_command(facts: Facts, style: str, folder: Path, updates: int, prompts: str) -> list[str]:
     """The arguments of `training/distill.py` for a style; TrainingError for what has no files to start from."""
-    teacher, info = student.teacher, student.file.info
-    bundled = teacher.path == folders.BUNDLED  # whose settings have prompts
-    if student.guides or student.changes:
+    info = facts.student.info
+    bundled = facts.base == folders.BUNDLED  # whose settings have prompts
+    if facts.guides or facts.changes:
         raise TrainingError(
             "Expected a student without styles to train one for, found some on it; wire the student from AVDM2 Student Loader."
         )
-    if teacher.path is None:
+    if facts.base is None:
         raise TrainingError(
-            "Expected a teacher from a checkpoint, found one with a MODEL in its place, which training, a process of its own, "
-            "cannot read; save that MODEL as a checkpoint (Save Checkpoint) and choose it in AVDM2 Teacher Loader."
+            "Expected a student whose checkpoint is known, found one on a MODEL that does not say its file, which training, a process of "
+            "its own, has to read; load the base by AVDM2 Teacher Loader."
+        )
+    if facts.motion is None:
+        raise TrainingError(
+            "Expected the teacher's motion module, which the style is learnt with, found none; put AVDM2 Teacher Loader or "
+            "AVDM2 Motion Module before AVDM2 Student Loader."
         )
     if not bundled and not prompts.strip():
         raise TrainingError(
@@ -95,9 +101,9 @@ def style_command(student: Student, style: str, folder: Path, updates: int, prom
         "run.folder": folder,
         "run.attached": "true",
         "run.device": str(device) if device.type in ("cpu", "cuda") else "auto",
-        "model.teacher": teacher.path,
-        "model.motion": teacher.motion_path,
-        "model.student": student.file.name,
+        "model.teacher": facts.base,
+        "model.motion": facts.motion,
+        "model.student": facts.student.name,
         "student.steps": ",".join(map(str, info.timesteps)),
         "data.frames": info.frames,
         "data.height": info.height,
@@ -105,7 +111,7 @@ def style_command(student: Student, style: str, folder: Path, updates: int, prom
         "style.name": folder.name,
         "evaluation.world": "null",  # the node hands on the student, it does not measure it
     }
-    if teacher.path.is_file():
+    if facts.base.is_file():
         settings["model.tokenizer"] = TOKENIZER
     if prompts.strip():
         settings["data.prompts"] = prompts_file(folder, prompts)

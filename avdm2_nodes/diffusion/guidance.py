@@ -70,9 +70,9 @@ def pulled(
     """A refinement for `sample_student`: after these steps of it (from 0; None: all) clips (B, C, F, h, w) are pulled `pulls` times.
 
     A pull is two evaluations a frame, one by the style and one by the source, or four with a guidance other than 1, which is the same
-    for both. text (1 or B, L, D), empty_text (1, L, D); `style_texts` are both by the style's own encoder, where it has one. All frames
-    of a clip get the same noise, so that what moves goes on moving; it comes from the pull's own generator, or one a clip, so a
-    strength of 0, which evaluates nothing, leaves the clips as they were.
+    for both. text (1, B or, a prompt a frame, B F, L, D), empty_text (1, L, D); `style_texts` are both by the style's own encoder,
+    where it has one. All frames of a clip get the same noise, so that what moves goes on moving; it comes from the pull's own
+    generator, or one a clip, so a strength of 0, which evaluates nothing, leaves the clips as they were.
     """
     texts = (style_texts or (text, empty_text)), (text, empty_text)
 
@@ -85,15 +85,18 @@ def pulled(
             noise = draw_noise((batch, channels, height, width), generator, x0.device)
             noise = repeat(noise, "b c h w -> (b f) c h w", f=count)
             style_x0, source_x0 = (
-                predict_frames(
-                    model, frames, noise, t, repeat(y.expand(batch, -1, -1), "b l d -> (b f) l d", f=count), empty, guidance
-                )
+                predict_frames(model, frames, noise, t, _a_frame(y, batch, count), empty, guidance)
                 for model, (y, empty) in zip((style, source), texts, strict=True)
             )
             frames = style_pull(frames, style_x0, source_x0, strength)
         return rearrange(frames, "(b f) c h w -> b c f h w", f=count)
 
     return refine
+
+
+def _a_frame(text: Tensor, batch: int, count: int) -> Tensor:
+    """(batch * count, L, D): each frame's text."""
+    return text if len(text) == batch * count else repeat(text.expand(batch, -1, -1), "b l d -> (b f) l d", f=count)
 
 
 def in_turn(refinements: Sequence[Refine]) -> Refine | None:

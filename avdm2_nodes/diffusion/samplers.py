@@ -141,20 +141,15 @@ def teacher_x0(
     return x0
 
 
-def begin(timesteps: Sequence[int], noise: Tensor, clip: Tensor | None, denoise: float) -> tuple[list[int], Tensor]:
-    """Where video-to-video starts: the timesteps up to 1000 * denoise, and `clip` diffused to the first of them with `noise`.
-
-    At denoise 1 these are all timesteps and the noise itself, whatever the clip. ValueError where none is left.
-    """
-    if denoise >= 1:
-        return list(timesteps), noise
-    kept = [t for t in timesteps if t <= TRAIN_TIMESTEPS * denoise]
+def kept_timesteps(timesteps: Sequence[int], denoise: float) -> list[int]:
+    """Where video-to-video starts: the timesteps up to 1000 * denoise, all of them at 1. ValueError where none is left."""
+    kept = [t for t in timesteps if denoise >= 1 or t <= TRAIN_TIMESTEPS * denoise]
     if not kept:
         raise ValueError(
             f"Expected denoise of at least {(timesteps[-1] + 1) / TRAIN_TIMESTEPS:.2f} with the steps "
             f"{', '.join(map(str, timesteps))}, found {denoise:.2f}, which leaves none; raise it, or the number of steps."
         )
-    return kept, VIDEO.diffuse(clip, noise, kept[0])
+    return kept
 
 
 def ddim_scheduler(steps: int, spacing: str = "trailing", schedule: Schedule = VIDEO) -> DDIMScheduler:

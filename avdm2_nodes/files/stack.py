@@ -151,6 +151,11 @@ def _facts(path: Path) -> dict:
     return facts
 
 
+def stack_frames(folder: Path) -> int:
+    """Frames of the clips that a stack's motion modules were trained on, as `Stack.frames`. StackError as `load_stack`."""
+    return _facts(Path(folder) / "stack.json").get("frames", ANIMATEDIFF_FRAMES)
+
+
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """The tokenizer in a diffusers folder. StackError without its vocabulary, which transformers would take for an empty one."""
     folder = Path(folder)

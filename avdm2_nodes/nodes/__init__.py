@@ -1,6 +1,10 @@
-"""The nodes, one a file, in the order in which a person meets them."""
+"""The nodes, one thin file each."""
 
+from .motion_module import MotionModule
+from .prompt_travel import PromptTravel
 from .save_student import SaveStudent
+from .stack_loader import StackLoader
+from .steps import Steps
 from .student_loader import StudentLoader
 from .student_sampler import StudentSampler
 from .style_training import StyleTraining
@@ -8,4 +12,7 @@ from .style_transfer import StyleTransfer
 from .teacher_loader import TeacherLoader
 from .teacher_sampler import TeacherSampler
 
-NODES = [TeacherLoader, StudentLoader, StudentSampler, TeacherSampler, StyleTransfer, StyleTraining, SaveStudent]
+NODES = [
+    StackLoader, TeacherLoader, MotionModule, StudentLoader, StudentSampler, TeacherSampler, Steps, PromptTravel, StyleTransfer,
+    StyleTraining, SaveStudent,
+]  # fmt: skip

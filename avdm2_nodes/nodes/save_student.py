@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from ..comfy_bridge import folders
-from .types import CATEGORY, StudentWire
+from .category import CATEGORY
 
 STUDENT_FILE, ANIMATEDIFF_FILES = "student file", "AnimateDiff files"
 
@@ -19,7 +19,7 @@ class SaveStudent(io.ComfyNode):
             description="Writes a student to models/avdm2, where AVDM2 Student Loader finds it, or as an AnimateDiff motion module and "
             "a LoRA for other packs.",
             inputs=[
-                StudentWire.Input(
+                io.Model.Input(
                     "student",
                     tooltip="The student to save. Styles in its weights (transplant, style files) are merged into a whole student, named "
                     "in the file with hash, mode and strength; one that guides the sampling fits no file and is refused.",

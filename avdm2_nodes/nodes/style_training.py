@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from ..comfy_bridge import folders
-from .types import CATEGORY, StudentWire
+from .category import CATEGORY
 
 
 class StyleTraining(io.ComfyNode):
@@ -18,7 +18,7 @@ class StyleTraining(io.ComfyNode):
             "cost when they are made. Takes minutes, in a process of its own: ComfyUI's models are unloaded first, an interrupt stops "
             "it, and the same settings go on from there. The style is a small file in models/avdm2.",
             inputs=[
-                StudentWire.Input("student", tooltip="From AVDM2 Student Loader, without styles."),
+                io.Model.Input("student", tooltip="From AVDM2 Student Loader, without styles."),
                 io.Combo.Input(
                     "style",
                     options=folders.style_sources(),
@@ -46,7 +46,7 @@ class StyleTraining(io.ComfyNode):
                     "its own and needs none.",
                 ),
             ],
-            outputs=[StudentWire.Output(display_name="student")],
+            outputs=[io.Model.Output(display_name="student")],
             is_output_node=True,
         )
 

@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from ..comfy_bridge import folders
-from .types import CATEGORY, StudentWire
+from .category import CATEGORY
 
 GUIDANCE, TRANSPLANT = "guidance", "transplant"
 
@@ -19,7 +19,7 @@ class StyleTransfer(io.ComfyNode):
             description="Gives a student's clips another image model's look: by a style file that AVDM2 Style Training made, by that "
             "model's guidance while sampling, or by its weights in place of the student's base. Several of these nodes add up.",
             inputs=[
-                StudentWire.Input("student", tooltip="From AVDM2 Student Loader, or from another Style Transfer."),
+                io.Model.Input("student", tooltip="From AVDM2 Student Loader, or from another Style Transfer."),
                 io.Combo.Input(
                     "style",
                     options=folders.style_choices(),
@@ -61,7 +61,7 @@ class StyleTransfer(io.ComfyNode):
                     tooltip="For guidance: how often the frames are pulled after each step; each costs two image evaluations a frame.",
                 ),
             ],
-            outputs=[StudentWire.Output(display_name="student")],
+            outputs=[io.Model.Output(display_name="student")],
         )
 
     @classmethod

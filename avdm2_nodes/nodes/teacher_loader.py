@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from ..comfy_bridge import folders
-from .types import CATEGORY, TeacherWire
+from .category import CATEGORY
 
 
 class TeacherLoader(io.ComfyNode):
@@ -15,7 +15,7 @@ class TeacherLoader(io.ComfyNode):
             display_name="AVDM2 Teacher Loader",
             category=CATEGORY,
             description="Loads an image model with a motion module: the teacher that makes clips in many steps and whose students "
-            "make them in a few. Its CLIP and VAE are for the core nodes CLIP Text Encode and VAE Decode.",
+            "make them in a few. Load Checkpoint and AVDM2 Motion Module in one node.",
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
@@ -34,7 +34,7 @@ class TeacherLoader(io.ComfyNode):
                 ),
             ],
             outputs=[
-                TeacherWire.Output(display_name="teacher"),
+                io.Model.Output(display_name="teacher"),
                 io.Clip.Output(display_name="clip"),
                 io.Vae.Output(display_name="vae"),
             ],

@@ -1,6 +1,6 @@
 from comfy_api.latest import io
 
-from .types import CATEGORY, TeacherWire
+from .category import CATEGORY, denoise_input, latent_input, seed_input
 
 
 class TeacherSampler(io.ComfyNode):
@@ -12,22 +12,13 @@ class TeacherSampler(io.ComfyNode):
             node_id="AVDM2TeacherSampler",
             display_name="AVDM2 Teacher Sampler",
             category=CATEGORY,
-            description="Makes a clip with the teacher, by DDIM with guidance: two evaluations a step. The same seed starts from the "
-            "same noise as the student, for an honest comparison.",
+            description="Makes a clip with a teacher, by DDIM with guidance at trailing timesteps: two evaluations a step. The same seed "
+            "starts from the same noise as the student, for an honest comparison. KSampler samples a teacher as well.",
             inputs=[
-                TeacherWire.Input("teacher", tooltip="From AVDM2 Teacher Loader."),
+                io.Model.Input("teacher", tooltip="From AVDM2 Teacher Loader or AVDM2 Motion Module."),
                 io.Conditioning.Input("positive", tooltip="What the clip shows, from CLIP Text Encode."),
-                io.Latent.Input(
-                    "latent", tooltip="Empty Latent Image with batch_size as the number of frames, or frames from VAE Encode."
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The same seed gives the same clip, whatever the device.",
-                ),
+                latent_input(),
+                seed_input(),
                 io.Int.Input("steps", default=25, min=1, max=1000, tooltip="Steps of DDIM, at trailing timesteps."),
                 io.Float.Input(
                     "cfg",
@@ -37,18 +28,11 @@ class TeacherSampler(io.ComfyNode):
                     step=0.1,
                     tooltip="Guidance; at 1 a step is one evaluation, without guidance.",
                 ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1 makes a new clip; less keeps more of the latent.",
-                ),
+                denoise_input("1 makes a new clip; less keeps more of the latent."),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="What the clip is guided away from. Without it, the empty prompt.",
+                    tooltip="What the clip is guided away from. Without it, the empty prompt of AVDM2 Teacher Loader's CLIP.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent")],
