@@ -94,30 +94,33 @@ class _Positions(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two self-attentions over time and a feed-forward layer, with the frames' positions before each attention."""
+    """Self-attentions over time and a feed-forward layer, with the frames' positions before each attention: two, SparseCtrl's one."""
 
-    def __init__(self, width: int, heads: int, frames: int, ops, **like):
+    def __init__(self, width: int, heads: int, frames: int, attentions: int, ops, **like):
         super().__init__()
         self.pos_embed = _Positions(width, frames, **like)
-        self.norm1, self.norm2, self.norm3 = (ops.LayerNorm(width, **like) for _ in range(3))
-        self.attn1, self.attn2 = (_Attention(width, heads, ops, **like) for _ in range(2))
+        self.norm1, self.norm3 = (ops.LayerNorm(width, **like) for _ in range(2))
+        self.attn1 = _Attention(width, heads, ops, **like)
+        self.norm2 = ops.LayerNorm(width, **like) if attentions == 2 else None
+        self.attn2 = _Attention(width, heads, ops, **like) if attentions == 2 else None
         self.ff = _Feed(width, ops, **like)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn1(self.pos_embed(self.norm1(x)))
-        x = x + self.attn2(self.pos_embed(self.norm2(x)))
+        if self.attn2 is not None:
+            x = x + self.attn2(self.pos_embed(self.norm2(x)))
         return x + self.ff(self.norm3(x))
 
 
 class TemporalTransformer(nn.Module):
     """One motion module. `frames` and `strength` are of the call in progress, see `Motion.during`."""
 
-    def __init__(self, width: int, heads: int, groups: int, frames: int, blocks: int, ops, **like):
+    def __init__(self, width: int, heads: int, groups: int, frames: int, blocks: int, attentions: int, ops, **like):
         super().__init__()
         self.frames, self.strength = 1, 1.0
         self.norm = ops.GroupNorm(groups, width, eps=1e-6, **like)
         self.proj_in, self.proj_out = (ops.Linear(width, width, **like) for _ in range(2))
-        self.transformer_blocks = nn.ModuleList([_Block(width, heads, frames, ops, **like) for _ in range(blocks)])
+        self.transformer_blocks = nn.ModuleList([_Block(width, heads, frames, attentions, ops, **like) for _ in range(blocks)])
 
     def forward(self, x: Tensor) -> Tensor:
         """x ((b f), c, h, w) with what the frames of each clip b have to tell each other."""
@@ -148,8 +151,10 @@ class Motion(nn.Module):
         self.modules_at = nn.ModuleList()
         for (block, _), tensors in places.items():
             blocks = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("transformer_blocks."))
-            width = len(tensors["proj_in.weight"])
-            module = TemporalTransformer(width, weights.heads_of(block), weights.groups, weights.frames, blocks, ops, **like)
+            width, attentions = len(tensors["proj_in.weight"]), 1 + ("transformer_blocks.0.attn2.to_q.weight" in tensors)
+            module = TemporalTransformer(
+                width, weights.heads_of(block), weights.groups, weights.frames, blocks, attentions, ops, **like
+            )
             module.load_state_dict(tensors)
             self.modules_at.append(module)
         self._placed: dict[tuple, tuple[list, nn.Module]] = {}

@@ -3,6 +3,7 @@
 from .motion_module import MotionModule
 from .prompt_travel import PromptTravel
 from .save_student import SaveStudent
+from .sparse_control_loader import SparseControlLoader
 from .stack_loader import StackLoader
 from .steps import Steps
 from .student_loader import StudentLoader
@@ -13,6 +14,6 @@ from .teacher_loader import TeacherLoader
 from .teacher_sampler import TeacherSampler
 
 NODES = [
-    StackLoader, TeacherLoader, MotionModule, StudentLoader, StudentSampler, TeacherSampler, Steps, PromptTravel, StyleTransfer,
-    StyleTraining, SaveStudent,
+    StackLoader, TeacherLoader, MotionModule, StudentLoader, StudentSampler, TeacherSampler, Steps, PromptTravel, SparseControlLoader,
+    StyleTransfer, StyleTraining, SaveStudent,
 ]  # fmt: skip
