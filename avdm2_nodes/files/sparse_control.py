@@ -12,7 +12,8 @@ from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor
 
 from .motion import to_diffusers_keys
-from .recognise import FileFormatError, read_layout, read_tensors, recognise
+from .containers import FileFormatError, read_layout, read_tensors
+from .recognise import recognise
 
 _PREFIXES = ("controlnet.", "module.")  # that training code puts around all names
 _SIMPLE, _DEEP = "controlnet_cond_embedding.weight", "controlnet_cond_embedding.conv_in.weight"
