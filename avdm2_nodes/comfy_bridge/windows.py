@@ -8,20 +8,19 @@ import comfy.controlnet
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..diffusion.windows import overlap_of, window_starts, window_weights
 from .motion import KEY
-
-OVERLAP = 4  # a window's frames are divided by it: a quarter of a window is shared with the next
 
 
 class ClipWindows(core.IndexListContextHandler):
-    """Core's handler with what suits a clip of any length; a person's own Context Windows node takes its place."""
+    """Core's handler with the windows and weights of `diffusion.windows`; a person's own Context Windows node takes its place."""
 
     def __init__(self, length: int):
         options = {
-            "context_schedule": core.get_matching_context_schedule(core.ContextSchedules.STATIC_STANDARD),
-            "fuse_method": core.get_matching_fuse_method(core.ContextFuseMethods.PYRAMID),
+            "context_schedule": core.ContextSchedule("avdm2", _windows),
+            "fuse_method": core.ContextFuseMethod("avdm2", _weights),
             "context_length": length,
-            "context_overlap": max(1, length // OVERLAP) if length > 1 else 0,
+            "context_overlap": overlap_of(length),
             "dim": 0,
             "causal_window_fix": False,  # of models with causal attention over time, which motion modules have not
         }
@@ -30,6 +29,15 @@ class ClipWindows(core.IndexListContextHandler):
 
     def should_use_context(self, model, conds, x_in, timestep, model_options) -> bool:
         return x_in.shape[self.dim] > self.context_length  # core's own also logs a line at every evaluation
+
+
+def _windows(frames: int, handler: ClipWindows, model_options: dict) -> list[list[int]]:
+    length = handler.context_length
+    return [list(range(start, start + length)) for start in window_starts(frames, length, handler.context_overlap)]
+
+
+def _weights(length: int, handler: ClipWindows, **_) -> list[float]:
+    return window_weights(length, handler.context_overlap).tolist()
 
 
 def with_windows(model, length: int):

@@ -59,7 +59,7 @@ def test_short_clips_go_straight_through():
     assert predict(x_t, 1, 2) is x_t and len(calls) == 1
 
 
-def test_the_overlap_is_a_quarter_unless_given():
+def test_half_a_window_overlaps_unless_given():
     x_t, seen = torch.randn(1, 1, 20, 1, 1), []
 
     def remember(x_t, t, text):
@@ -67,4 +67,4 @@ def test_the_overlap_is_a_quarter_unless_given():
         return x_t
 
     torch.testing.assert_close(windowed(remember, 8)(x_t, None, None), x_t)
-    assert seen == [8] * len(window_starts(20, 8, 2))
+    assert seen == [8] * len(window_starts(20, 8, 4))
