@@ -11,8 +11,8 @@ from pathlib import Path
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor
 
-from .motion import to_diffusers_keys
 from .containers import FileFormatError, read_layout, read_tensors
+from .motion import to_diffusers_keys
 from .recognise import recognise
 
 _PREFIXES = ("controlnet.", "module.")  # that training code puts around all names
