@@ -68,7 +68,8 @@ def _with_teacher(model, weights: MotionWeights, base, path: Path, frames: int, 
     native.require_sd15(model)
     earlier = facts_of(model)
     image_model = earlier.image_model if earlier else model
-    made = look_after(with_motion(image_model, weights, strength, clips))
+    groups = native.diffusers_config(image_model.model.model_config)["norm_num_groups"]  # which files do not say: the base's
+    made = look_after(with_motion(image_model, replace(weights, groups=groups), strength, clips))
     made = with_windows(made, min(frames, weights.frames))
     made.set_attachments(KEY, Facts(image_model, base, path, min(frames, weights.frames)))
     return made
@@ -169,15 +170,12 @@ def with_weights(
     """
     made = model.clone()
     names = comfy.utils.unet_to_diffusers(made.model.model_config.unet_config)
-    patches = {
-        f"diffusion_model.{names[key]}": patch
-        for key, patch in weight_patches(tensors, lora_alpha, kind).items()
-        if "motion_modules" not in key
-    }
+    wanted = {key: patch for key, patch in weight_patches(tensors, lora_alpha, kind).items() if "motion_modules" not in key}
     before = made.patches if first else {}
     if first:
         made.patches = {}
-    missing = patches.keys() - set(made.add_patches(patches, strength))
+    added = set(made.add_patches({f"diffusion_model.{names[key]}": wanted[key] for key in wanted if key in names}, strength))
+    missing = [key for key in wanted if f"diffusion_model.{names.get(key)}" not in added]
     if missing:
         raise ModelError(f"Expected a MODEL with the layers that this file changes, found none at {min(missing)}.")
     for key, changes in before.items():

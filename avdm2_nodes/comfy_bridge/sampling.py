@@ -160,7 +160,7 @@ def sample_chain(model, x, sigmas, extra_args=None, callback=None, disable=None,
 
 def sample_latent(model, latent: dict, seed: int, cfg: float, sampler, sigmas: Tensor, positive, negative) -> dict:
     """A LATENT sampled as core's SamplerCustom does it, with its previews; all other keys are kept."""
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    samples = frames_of_latent(model, latent)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     callback = latent_preview.prepare_callback(model, len(sigmas) - 1)
     sampled = comfy.sample.sample_custom(
@@ -199,6 +199,18 @@ def teacher_latent(model, positive, negative, latent: dict, seed: int, steps: in
         negative = [[facts.empty_text, {}]]
     sigmas = sigmas_of(model, kept_timesteps(trailing_timesteps(steps), denoise))
     return sample_latent(model, latent, seed, cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, negative)
+
+
+def frames_of_latent(model, latent: dict) -> Tensor:
+    """The samples (F, C, h, w) of a LATENT, an empty one's in this MODEL's channels. ModelError for latents of another kind."""
+    samples, channels = latent["samples"], model.model.latent_format.latent_channels
+    found = comfy.sample.fix_empty_latent_channels(model, samples) if samples.ndim == 4 else samples
+    if found.ndim != 4 or found.shape[1] != channels:
+        raise ModelError(
+            f"Expected a latent of (frames, {channels}, height, width), found {tuple(samples.shape)}; use Empty Latent Image, or "
+            "VAE Encode with this model's VAE."
+        )
+    return found
 
 
 def frame_index(latent: dict) -> list[int] | None:

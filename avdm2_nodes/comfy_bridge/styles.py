@@ -145,6 +145,11 @@ def _guided(model, name: str, style, base, strength: float, pulls: int, prompt: 
     facts, made = student_facts(model), model.clone()
     if prompt is not None and len(prompt) != 1:
         raise ModelError(f"Expected one prompt for the style, found {len(prompt)}; wire one CLIP Text Encode.")
+    if prompt is not None and prompt[0][0].shape[-1] != style.config.cross_attention_dim:
+        raise ModelError(
+            f"Expected text embeddings of width {style.config.cross_attention_dim} for the style, found {prompt[0][0].shape[-1]}; "
+            "encode the prompt by the style model's own CLIP."
+        )
     guide = Guide(len(facts.guides), strength, pulls, None if prompt is None else prompt[0][0].float())
     latent_format = model.model.latent_format
     made.set_additional_models(guide.key, [native.image_model(unet, latent_format) for unet in (style, base)])

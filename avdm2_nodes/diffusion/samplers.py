@@ -183,7 +183,7 @@ def sample_teacher(
 
     empty_text (1, L, D) is the empty prompt's embedding. A step is two evaluations, or one at guidance 1. `spacing` is diffusers'
     `timestep_spacing`: trailing starts at 999, as the student does. `timesteps` are the last of these steps, for a clip that
-    `begin` has diffused to the first of them. With an image UNet and its `schedule`, noise and result are images (B, C, h, w).
+    was diffused to the first of them. With an image UNet and its `schedule`, noise and result are images (B, C, h, w).
     """
     scheduler = ddim_scheduler(steps, spacing, schedule)
     predict, x_t = guided(teacher, empty_text, guidance), noise

@@ -15,7 +15,6 @@ import torch
 from diffusers import AutoencoderTiny, UNetMotionModel
 from torch import nn
 
-from avdm2_nodes.diffusion.precision import sampling_dtype
 from avdm2_nodes.diffusion.samplers import draw_noise, student_timesteps
 from avdm2_nodes.files.architecture import unet_config
 from avdm2_nodes.files.hashes import weights_hash
@@ -50,7 +49,7 @@ class ComfyUI:
     """What tests use of ComfyUI, and the pack as ComfyUI loaded it."""
 
     def __init__(self, base: Path, pack: str, nodes: ModuleType):
-        self.base, self.nodes, self._pack = base, nodes, pack
+        self.base, self.nodes, self._pack, self._extras = base, nodes, pack, set()
 
     def run(self, node_id: str, **inputs) -> tuple:
         """A node's outputs, run as the server does: without gradients and in inference mode."""
@@ -62,6 +61,18 @@ class ComfyUI:
     def pack(self, name: str) -> ModuleType:
         """A module of the pack that ComfyUI loaded; its classes are not those of the `avdm2_nodes` that a test imports."""
         return importlib.import_module(f"{self._pack}.avdm2_nodes.{name}")
+
+    def extras(self, *names: str) -> None:
+        """Loads files of core's comfy_extras ("nodes_pag"), whose nodes `run` then knows; 0.8 and 0.33 have them in the same files."""
+        for name in names:
+            if name not in self._extras:
+                file = Path(self.nodes.__file__).parent / "comfy_extras" / f"{name}.py"
+                assert asyncio.run(self.nodes.load_custom_node(str(file), module_parent="comfy_extras")), name
+                self._extras.add(name)
+
+    def student_of(self, model):
+        """The student that is in a MODEL, as its file has it."""
+        return self.pack("comfy_bridge.facts").student_facts(model).student
 
     def prompt(self, clip, text=PROMPT):
         return self.run("CLIPTextEncode", clip=clip, text=text)[0]
@@ -230,15 +241,10 @@ def write_style_file(model_folders):
 # ---- what the command line makes of them ----
 
 
-def in_sampling_dtype(unet):
-    nn.Module.to(unet, sampling_dtype(torch.device("cpu")))
-    return unet
-
-
 @pytest.fixture(scope="session")
 def student_network(node_stack, students):
-    """student_network("motion"): the video UNet of that file as the command line builds it; read only."""
-    return cache(lambda holds: in_sampling_dtype(student_unet(read_student(students[holds]), node_stack.image_unet)))
+    """student_network("motion"): the video UNet of that file as the command line builds it, in float32, as core computes on a CPU."""
+    return cache(lambda holds: student_unet(read_student(students[holds]), node_stack.image_unet))
 
 
 def as_latent(clip):
@@ -263,16 +269,14 @@ def student_reference(student_network, students):
 
 
 @pytest.fixture(scope="session")
-def teacher_reference(node_stack_folder):
+def teacher_reference(node_stack):
     """teacher_reference(text, empty_text, (F, C, h, w), seed, steps, cfg): likewise of the teacher."""
-
-    unet = in_sampling_dtype(load_stack(node_stack_folder).teacher)
 
     def sample(text, empty_text, shape, seed, steps, cfg):
         frames, channels, height, width = shape
         generators = [torch.Generator().manual_seed(seed)]
         noise = draw_noise((1, channels, frames, height, width), generators)
-        return as_latent(teacher_sampler(unet, empty_text, steps, cfg, TEACHER_WINDOW)(noise, text, generators))
+        return as_latent(teacher_sampler(node_stack.teacher, empty_text, steps, cfg, TEACHER_WINDOW)(noise, text, generators))
 
     return sample
 
@@ -282,13 +286,13 @@ def teacher_reference(node_stack_folder):
 
 @pytest.fixture
 def evaluations(loaded):
-    """(x_t (B, C, F, h, w), timestep) of each evaluation by the shared network, as it gets them."""
+    """(x_t (N, C, h, w) in model space, timestep) of each evaluation by the shared network, as it gets them."""
     seen = []
 
     def look(network, inputs):
-        seen.append((inputs[0].clone(), int(torch.as_tensor(inputs[1]).flatten()[0])))
+        seen.append((inputs[0].clone(), round(float(inputs[1].flatten()[0]))))
 
-    handle = loaded.teacher.patcher.model.diffusion_model.register_forward_pre_hook(look)
+    handle = loaded.teacher.model.diffusion_model.register_forward_pre_hook(look)
     yield seen
     handle.remove()
 

@@ -32,7 +32,7 @@ class Server:
         self.base, self.log_file = base, base / "server.log"
         command = [
             sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
-            "--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--disable-auto-launch",
+            "--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--disable-auto-launch", "--preview-method", "auto",
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with self.log_file.open("wb") as log:

@@ -21,7 +21,7 @@ COMFYUI = {
 
 
 def room_of(file: Path) -> str:
-    """nodes, comfy_bridge or diffusion; "" for the files beside them."""
+    """nodes, comfy_bridge, files or diffusion; "" for the files beside them."""
     return file.relative_to(PACK).parts[0] if file.parent != PACK else ""
 
 

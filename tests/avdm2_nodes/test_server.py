@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 
-from avdm2_nodes.diffusion.precision import sampling_dtype
 from avdm2_nodes.files.architecture import unet_config
 from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.stack import load_stack
@@ -31,8 +30,8 @@ from training.evaluation.sampling import generate, student_sampler
 pytestmark = pytest.mark.slow
 
 NODES = {
-    "AVDM2TeacherLoader", "AVDM2StudentLoader", "AVDM2StudentSampler", "AVDM2TeacherSampler", "AVDM2StyleTransfer",
-    "AVDM2StyleTraining", "AVDM2SaveStudent",
+    "AVDM2StackLoader", "AVDM2TeacherLoader", "AVDM2MotionModule", "AVDM2StudentLoader", "AVDM2StudentSampler",
+    "AVDM2TeacherSampler", "AVDM2Steps", "AVDM2PromptTravel", "AVDM2StyleTransfer", "AVDM2StyleTraining", "AVDM2SaveStudent",
 }  # fmt: skip
 GROWTH = 30  # MB that 50 prompts may add to what the server holds
 
@@ -66,7 +65,10 @@ def client(server):
 def graph(
     *samplers: dict, frames: int = 3, width: int = 64, height: int = 64, file: str = "near the teacher.safetensors"
 ) -> dict:
-    """A graph in the API's format: one loader, one prompt, and from each sampler a video, "video 0" and so on."""
+    """A graph in the API's format: one loader, one prompt, and from each sampler a video, "video 0" and so on.
+
+    As graphs were saved when teacher and student were wires of their own: without an input that came later.
+    """
     loader = {"checkpoint": "miniature (bundled)", "motion_module": "the checkpoint's own"}
     nodes = {
         "teacher": {"class_type": "AVDM2TeacherLoader", "inputs": loader},
@@ -105,7 +107,7 @@ def teacher(seed: int, steps: int) -> dict:
 def test_the_pack_loads_without_a_word(server):
     found = server.get("/object_info")
     assert {name for name in found if "avdm2" in name.lower()} == NODES
-    assert found["AVDM2StudentLoader"]["input"]["required"]["teacher"][0] == "AVDM2_TEACHER"
+    assert found["AVDM2StudentLoader"]["input"]["required"]["teacher"][0] == "MODEL"
     log = server.log()
     assert "IMPORT FAILED" not in log and "Traceback" not in log
     about_us = [line for line in log.splitlines() if "avdm2" in line.lower().replace(str(server.base).lower(), "")]
@@ -126,9 +128,11 @@ def test_a_clip_with_progress_previews_and_its_workflow_inside(server, client):
     assert said["prompt"]["sampler 0"]["class_type"] == "AVDM2StudentSampler"
     steps = [data["value"] for _, data in client.wait_for("progress", 4) if data["node"] == "sampler 0" and data["max"] == 4]
     assert [step for step in steps if step] == [1, 2, 3, 4]
-    previews = [data for _, data in client.wait_for("binary", 4)]
-    assert len(previews) == 4
-    for preview in previews:
+    previews = [data for _, data in client.wait_for("binary", 8)]
+    assert len(previews) == 8, "core's still and then the clip, in each step"
+    for still in previews[::2]:
+        assert still[:8] == (1).to_bytes(4, "big") + (1).to_bytes(4, "big"), "a preview, as JPEG"
+    for preview in previews[1::2]:
         assert preview[:8] == (1).to_bytes(4, "big") + (2).to_bytes(4, "big"), "a preview, as PNG"
         picture = Image.open(io.BytesIO(preview[8:]))
         assert picture.format == "PNG" and max(picture.size) == 320
@@ -139,13 +143,48 @@ def test_teacher_and_student_in_one_graph(server):
     assert server.run(graph(student(seed=5, steps=2), teacher(seed=5, steps=2))).keys() >= {"video 0", "video 1"}
 
 
+def test_the_nodes_of_core_s_own_kind_of_graph(server):
+    """The miniature as an image model, motion by a node, core's sampler, a prompt a frame."""
+    nodes = {
+        "base": {"class_type": "AVDM2StackLoader", "inputs": {"stack": "miniature (bundled)"}},
+        "student": {"class_type": "AVDM2StudentLoader", "inputs": {"student": "miniature (bundled)", "teacher": ["base", 0]}},
+        "prompt": {
+            "class_type": "AVDM2PromptTravel",
+            "inputs": {"clip": ["base", 1], "prompts": "0: a small red circle\n3: a large blue square", "frames": 4},
+        },
+        "none": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["base", 1], "text": ""}},
+        "size": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 4}},
+        "sampler": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["student", 0], "positive": ["prompt", 0], "negative": ["none", 0], "latent_image": ["size", 0], "seed": 1,
+                "steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "simple", "denoise": 1.0,
+            },
+        },
+        "frames": {"class_type": "VAEDecode", "inputs": {"samples": ["sampler", 0], "vae": ["base", 2]}},
+        "stills": {"class_type": "SaveImage", "inputs": {"images": ["frames", 0], "filename_prefix": "core"}},
+    }  # fmt: skip
+    assert len(server.run(nodes)["stills"]["images"]) == 4
+
+
+def test_what_does_not_fit_is_told_on_the_node(server, client):
+    """One frame, in words on the sampler while it runs."""
+    prompt_id = server.submit(graph(student(seed=1), frames=1), client.id)
+    assert server.wait_for(prompt_id)["status"]["status_str"] == "success"
+    texts = [data for _, data in client.of("binary") if data[:4] == (3).to_bytes(4, "big")]
+    (told,) = (data for data in texts if b"sampler 0" in data)
+    assert told.endswith(b"One frame only: for a clip set batch_size of the latent to the number of frames.")
+
+
 def test_an_error_is_told_in_our_words(server):
-    ended = server.wait_for(server.submit(graph(student(seed=1), width=72)))
+    wrong = student(seed=1)
+    wrong["inputs"]["cfg"] = 2.0
+    ended = server.wait_for(server.submit(graph(wrong)))
     assert ended["status"]["status_str"] == "error"
     ((_, told),) = (message for message in ended["status"]["messages"] if message[0] == "execution_error")
     assert told["node_type"] == "AVDM2StudentSampler"
     assert re.fullmatch(
-        r"Expected width and height as multiples of \d+ pixels, found 72 x 64; take .* instead\.\s*", told["exception_message"]
+        r"Expected a negative prompt with cfg 2, found none; wire one, or set cfg to 1\.\s*", told["exception_message"]
     )
 
 
@@ -194,7 +233,6 @@ def test_a_student_made_while_the_server_runs_samples_there(server, tmp_path):
 
     stack, made = load_stack(ROOT / "miniature", with_motion=False), read_student(file)
     network = student_unet(made, stack.image_unet)
-    torch.nn.Module.to(network, sampling_dtype(torch.device("cpu")))
     sampler = student_sampler(network, made.info.timesteps, made.info.frames)
     expected = generate(sampler, stack, [PROMPT], [6], 8, 64, 64)[0].float()
     assert (frames("fresh") - expected).abs().max() <= 1

@@ -21,6 +21,8 @@ def elsewhere(comfyui, tmp_path):
 def test_models_are_offered_by_name(files, comfyui):
     assert files.checkpoint_choices()[:2] == ["miniature (bundled)", "tiny"]
     assert files.motion_choices()[0] == "the checkpoint's own"
+    assert files.module_choices()[-1] == "miniature (bundled)" and "the checkpoint's own" not in files.module_choices()
+    assert list(files.stack_folders())[:2] == ["miniature (bundled)", "tiny"]
     assert {"all.safetensors", "motion.safetensors", "motion+lora.safetensors"} <= set(files.student_choices())
     assert [name for name in files.style_choices() if name.endswith("of tiny")] == ["other of tiny", "same of tiny"]
     for kind in ("avdm2", "animatediff_models", "loras"):
@@ -83,3 +85,8 @@ def test_a_file_that_is_gone_is_said_so(files, comfyui):
         files.model_file("checkpoints", "gone.safetensors")
     with pytest.raises(ValueError, match=r"gone.safetensors in .*animatediff_models, found no such file"):
         comfyui.run("AVDM2TeacherLoader", checkpoint="tiny", motion_module="gone.safetensors")
+    with pytest.raises(ValueError, match=r"Expected a stack gone, found none; put it into models/diffusers, or refresh"):
+        comfyui.run("AVDM2StackLoader", stack="gone")
+    with pytest.raises(ValueError, match=r"gone.safetensors in .*animatediff_models, found no such file"):
+        model = comfyui.run("AVDM2StackLoader", stack="tiny")[0]
+        comfyui.run("AVDM2MotionModule", model=model, motion_module="gone.safetensors")

@@ -1,13 +1,15 @@
 """ComfyUI's own SD1.5 models, at a tiny width, against ComfyUI's own network."""
 
-import math
+import copy
 import shutil
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, MotionAdapter
+from diffusers import AutoencoderTiny, MotionAdapter, UNet2DConditionModel
 
+from avdm2_nodes.diffusion.unets import image_predictor
 from tests.avdm2_nodes.conftest import COLOURS, SCALE
+from tests.avdm2_nodes.native import CLIP, EVALUATION, difference, evaluate, random_weights
 
 TEXT_WIDTH = 32
 # What ComfyUI finds of an SD1.5 file's shape, narrower.
@@ -18,15 +20,6 @@ TINY_SD15 = {
     "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
     "transformer_depth_middle": 1,
 }  # fmt: skip
-
-
-def random_weights(module):
-    """Weights of the size that training starts from: ComfyUI's layers begin with whatever is in memory."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in module.parameters():
-        drawn = torch.randn(parameter.shape, generator=generator)
-        fan_in = max(1, math.prod(parameter.shape[1:])) if parameter.ndim > 1 else 100
-        parameter.data = drawn / fan_in**0.5 + (1.0 if parameter.ndim == 1 else 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +128,87 @@ def test_models_that_are_not_sd15_are_refused(new_native, image_unet_of, comfyui
     wrong = {
         "found a model of ComfyUI's kind SDXL": new_native(comfy.supported_models.SDXL, num_heads=8, num_head_channels=-1),
         "found a model of ComfyUI's kind SD20": new_native(comfy.supported_models.SD20, num_heads=8, num_head_channels=-1),
-        "found v_prediction prediction": new_native(model_type=comfy.model_base.ModelType.V_PREDICTION),
-        "Expected an SD1.5 model in my.safetensors": new_native(in_channels=9),
+        "found v prediction; AnimateDiff and its students need": new_native(model_type=comfy.model_base.ModelType.V_PREDICTION),
+        "Expected an SD1.5 model of 4 input channels in my.safetensors, found 9": new_native(in_channels=9),
     }
     for words, model in wrong.items():
         with pytest.raises(ValueError, match=words):
             image_unet_of(model, "my.safetensors")
+
+
+def test_nodes_refuse_them_too(new_native, comfyui, loaded, student):
+    import comfy.model_base
+    import comfy.supported_models
+
+    comfyui.extras("nodes_model_advanced")
+    sdxl = new_native(comfy.supported_models.SDXL, num_heads=8, num_head_channels=-1)
+    image = comfyui.pack("comfy_bridge.facts").facts_of(loaded.teacher).image_model
+    kinds = {"v_prediction": "v prediction", "x0": "another prediction"}
+    wrong = {words: comfyui.run("ModelSamplingDiscrete", model=image, sampling=k, zsnr=False)[0] for k, words in kinds.items()}
+    wrong["of zero terminal SNR"] = comfyui.run("ModelSamplingDiscrete", model=image, sampling="eps", zsnr=True)[0]
+    wrong["found a model of ComfyUI's kind SDXL"] = sdxl
+    for words, model in wrong.items():
+        with pytest.raises(ValueError, match=rf"^Expected .*{words}; "):
+            comfyui.run("AVDM2StudentLoader", student="all.safetensors", teacher=model)
+        with pytest.raises(ValueError, match=rf"^Expected .*{words}; "):
+            comfyui.run("AVDM2MotionModule", model=model, motion_module="miniature (bundled)")
+        with pytest.raises(ValueError, match=rf"^Expected .*{words}; "):
+            comfyui.run("AVDM2StyleTransfer", student=student, style="other of tiny", strength=1.0, model=model)
+    (lcm,) = comfyui.run("ModelSamplingDiscrete", model=image, sampling="lcm", zsnr=False)  # predicts noise too
+    comfyui.run("AVDM2StudentLoader", student="all.safetensors", teacher=lcm)
+
+
+# ---- stacks ----
+
+
+@pytest.mark.parametrize(
+    "widths, blocks, layers",
+    [((32, 64, 96), "CCD", 1), ((32, 48, 64, 64), "CCCD", 2), ((64, 96), "DC", 1), ((32, 64, 64), "CCC", 2)],
+)
+def test_a_stack_of_any_size_is_the_same_network(comfyui, widths, blocks, layers):
+    """Also of levels that are no whole multiples of the first, of attention on the coarsest, and of other groups."""
+    torch.manual_seed(2)
+    kinds = {"C": "CrossAttn", "D": ""}
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=widths, layers_per_block=layers, attention_head_dim=4, cross_attention_dim=TEXT_WIDTH,
+        down_block_types=[f"{kinds[b]}DownBlock2D" for b in blocks], norm_num_groups=16,
+        up_block_types=[f"{kinds[b]}UpBlock2D" for b in reversed(blocks)],
+    )  # fmt: skip
+    native = comfyui.pack("comfy_bridge.native")
+    import comfy.latent_formats
+
+    model = native.image_model(unet, comfy.latent_formats.SD15())
+    generator = torch.Generator().manual_seed(3)
+    x, text = torch.randn(2, 4, 16, 8, generator=generator), torch.randn(2, 7, TEXT_WIDTH, generator=generator)
+    with torch.no_grad():
+        for t in (999, 20):
+            expected = image_predictor(unet)(x, torch.tensor(t), text)
+            assert difference(evaluate(model, x, t, text), expected) < EVALUATION
+    back = native.image_unet_of(model)
+    assert back.config.block_out_channels == widths and back.config.norm_num_groups == 16
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), unet.state_dict().values(), strict=True))
+
+
+def test_a_stack_of_another_kind_is_refused(comfyui, node_stack_folder, tmp_path):
+    shutil.copytree(node_stack_folder, tmp_path / "linear")
+    shutil.rmtree(tmp_path / "linear" / "unet")
+    UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 32), layers_per_block=1, attention_head_dim=2, cross_attention_dim=TEXT_WIDTH,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=8, use_linear_projection=True,
+    ).save_pretrained(tmp_path / "linear" / "unet")  # fmt: skip
+    with pytest.raises(ValueError, match=r"image UNet of SD1.5's kind in .*linear, found another by its use_linear_projection"):
+        comfyui.pack("comfy_bridge.native").load_native_stack(tmp_path / "linear")
+
+
+def test_a_stack_copies_its_weights(comfyui, node_stack):
+    native = comfyui.pack("comfy_bridge.native")
+    model = native.image_model(node_stack.image_unet, native.stack_latent_format(node_stack))
+    before = copy.deepcopy(node_stack.image_unet.state_dict())
+    for parameter in model.model.diffusion_model.parameters():
+        assert not parameter.requires_grad
+        parameter.zero_()
+    assert all(torch.equal(t, before[name]) for name, t in node_stack.image_unet.state_dict().items())
 
 
 @pytest.fixture
@@ -164,40 +232,53 @@ def four_block_stack(native, image_unet_of, node_stack_folder, model_folders):
 
 
 def test_a_native_model_takes_the_place_of_the_teachers_image_unet(comfyui, native, four_block_stack):
-    clips, hashes = [], []
+    clips, hashes, base_hash = [], [], comfyui.pack("comfy_bridge.models").base_hash
     for name, model in (("native", None), ("other", native), ("other", None)):
         inputs = {"checkpoint": name, "motion_module": "the checkpoint's own"} | ({"model": model} if model else {})
         teacher, clip, _ = comfyui.run("AVDM2TeacherLoader", **inputs)
-        assert teacher.pixels == 64
         options = {"latent": comfyui.empty(2, 64, 64), "seed": 0, "steps": 1, "cfg": 1.0, "denoise": 1.0}
-        clips.append(
-            comfyui.run("AVDM2TeacherSampler", teacher=teacher, positive=comfyui.prompt(clip), **options)[0]["samples"]
-        )
-        hashes.append(teacher.base_hash)
-    assert torch.equal(clips[0], clips[1]) and hashes[0] == hashes[1]
-    assert not torch.equal(clips[0], clips[2]) and hashes[0] != hashes[2]
+        sampled = comfyui.run("AVDM2TeacherSampler", teacher=teacher, positive=comfyui.prompt(clip), **options)[0]
+        clips.append(teacher.model.process_latent_in(sampled["samples"]))  # a MODEL has its own scale
+        hashes.append(base_hash(teacher))
+    assert difference(clips[0], clips[1]) < CLIP and hashes[0] == hashes[1]
+    assert difference(clips[0], clips[2]) > 0.1 and hashes[0] != hashes[2]
 
 
 def test_motion_modules_of_another_width_are_refused(comfyui, native, model_folders):
-    with pytest.raises(ValueError, match=r"motion module for an image UNet of widths \(32, 64, 128, 128\), found one for"):
+    with pytest.raises(
+        ValueError, match=r"motion module for a base of widths \[32, 64, 128, 128\], found one of widths \[32, 64\]"
+    ):
         comfyui.run("AVDM2TeacherLoader", checkpoint="tiny", motion_module="the checkpoint's own", model=native)
 
 
-def test_a_native_model_is_a_style(comfyui, native, student, loaded, image_unet_of):
-    (styled,) = comfyui.run("AVDM2StyleTransfer", student=student, style="other of tiny", strength=0.5, model=native)
-    (style,) = styled.guides
-    ours = dict(image_unet_of(native).named_parameters())
-    dtype = style.patcher.model.get_dtype()
-    assert all(torch.equal(p, ours[name].to(dtype)) for name, p in style.patcher.model.diffusion_model.named_parameters())
-    options = {
-        "positive": comfyui.prompt(loaded.clip),
-        "seed": 0,
-        "steps": 1,
-        "denoise": 1.0,
-        "latent": comfyui.empty(2, 64, 64),
-    }
-    clips = [comfyui.run("AVDM2StudentSampler", student=s, **options)[0]["samples"] for s in (student, styled)]
-    assert clips[1].isfinite().all() and not torch.equal(*clips)
+def test_a_native_model_is_a_style(comfyui, loaded, student, image_unet_of, node_stack_folder):
+    """As one by its name, of the same weights."""
+    from avdm2_nodes.files.stack import load_image_unet
+
+    unet = load_image_unet(node_stack_folder / "styles" / "other")
+    native = comfyui.pack("comfy_bridge.native").image_model(unet, loaded.teacher.model.latent_format)
+    options = {"positive": comfyui.prompt(loaded.clip), "seed": 0, "steps": 1, "denoise": 1.0, "latent": comfyui.empty(2)}
+    clips = []
+    for mode in ("guidance", "transplant"):
+        for more in ({}, {"model": native}):
+            inputs = {
+                "student": student,
+                "style": "other of tiny" if not more else "same of tiny",
+                "strength": 0.5,
+                "mode": mode,
+            }
+            (styled,) = comfyui.run("AVDM2StyleTransfer", **inputs, **more)
+            clips.append(comfyui.run("AVDM2StudentSampler", student=styled, **options)[0]["samples"])
+    assert torch.equal(clips[0], clips[1]) and torch.equal(clips[2], clips[3])
+    plain = comfyui.run("AVDM2StudentSampler", student=student, **options)[0]["samples"]
+    assert difference(clips[0], plain) > 0.01 and difference(clips[2], plain) > 0.01
+
+
+def test_a_style_of_another_architecture_is_refused(comfyui, native, student):
+    with pytest.raises(
+        ValueError, match=r"Expected a style of the architecture that the student's base has, found \d+ layers unlike"
+    ):
+        comfyui.run("AVDM2StyleTransfer", student=student, style="x", strength=0.5, model=native, mode="transplant")
 
 
 # ---- VAEs ----
@@ -215,7 +296,7 @@ def test_a_stacks_vae_loads_without_a_warning(comfyui, node_stack, caplog):
 
 
 def test_the_latent_format_is_the_stacks(loaded):
-    latent_format = loaded.teacher.latent_format
+    latent_format = loaded.teacher.model.latent_format
     assert latent_format.scale_factor == SCALE and latent_format.latent_channels == 4
     assert latent_format.latent_rgb_factors == COLOURS["latent_rgb_factors"]
     assert latent_format.latent_rgb_factors_bias == COLOURS["latent_rgb_factors_bias"]

@@ -16,25 +16,52 @@ def sample(comfyui, loaded, student):
     return lambda frames=3: comfyui.run("AVDM2StudentSampler", latent=comfyui.empty(frames, 32, 32), **inputs)[0]["samples"]
 
 
-def test_each_step_moves_the_bar_and_shows_the_frames(comfyui, loaded, sample, progress):
+@pytest.fixture
+def asked(comfyui, monkeypatch):
+    """ComfyUI's setting asks for previews."""
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
+
+
+def test_each_step_moves_the_bar_and_shows_the_frames(comfyui, loaded, sample, progress, asked):
+    """Core's still first, then the clip that moves."""
     sample()
-    assert [(step, steps) for step, steps, _ in progress] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    for _, _, (kind, picture, size) in progress:
+    assert [(step, steps) for step, steps, _ in progress] == [(i, 4) for i in (1, 2, 3, 4) for _ in range(2)]
+    assert {kind for _, _, (kind, _, _) in progress[::2]} == {"JPEG"}
+    moving = progress[1::2]
+    for _, _, (kind, picture, size) in moving:
         assert kind == "PNG" and isinstance(picture, Image.Image) and picture.mode == "RGB"
         assert size is None, "ComfyUI's server would make a still copy of another size"
         assert 160 < max(picture.size) <= 320
-    assert progress[0][2][1].tobytes() != progress[-1][2][1].tobytes()
+    assert moving[0][2][1].tobytes() != moving[-1][2][1].tobytes()
     progress.clear()
     teacher = {"teacher": loaded.teacher, "positive": comfyui.prompt(loaded.clip), "latent": comfyui.empty(), "cfg": 3.0}
     comfyui.run("AVDM2TeacherSampler", **teacher, **LATENT | {"steps": 3})
-    assert [(step, steps, preview is not None) for step, steps, preview in progress] == [(i, 3, True) for i in (1, 2, 3)]
+    assert [(step, steps) for step, steps, preview in progress if preview] == [(i, 3) for i in (1, 2, 3) for _ in range(2)]
 
 
-def test_previews_do_not_change_the_clip(sample, progress, comfyui):
+def test_core_s_sampler_shows_the_clip_too_and_an_image_model_s_does_not(comfyui, loaded, student, progress, asked):
+    prompt = comfyui.prompt(loaded.clip)
+    inputs = {"positive": prompt, "negative": prompt, "latent_image": comfyui.empty(2), "seed": 0, "cfg": 1.0, "denoise": 1.0}
+    inputs |= {"sampler_name": "lcm", "scheduler": "simple", "steps": 2}
+    comfyui.run("KSampler", model=student, **inputs)
+    assert [kind for _, _, (kind, _, _) in progress] == ["JPEG", "PNG"] * 2
+    progress.clear()
+    comfyui.run("KSampler", model=comfyui.pack("comfy_bridge.facts").student_facts(student).image_model, **inputs)
+    assert [kind for _, _, (kind, _, _) in progress] == ["JPEG"] * 2
+
+
+def test_without_previews_in_comfyuis_setting_there_are_none(sample, progress):
+    sample()
+    assert [(step, steps, preview) for step, steps, preview in progress] == [(i, 4, None) for i in (1, 2, 3, 4)]
+
+
+def test_previews_do_not_change_the_clip(sample, progress, asked):
     import comfy.utils
 
     watched = sample()
-    assert len(progress) == 4
+    assert len(progress) == 8
     comfy.utils.set_progress_bar_global_hook(None)
     assert torch.equal(sample(), watched)
 
@@ -117,7 +144,7 @@ def test_an_interrupt_ends_sampling_before_the_next_evaluation(comfyui, loaded, 
         if len(evaluations) == after:
             management.interrupt_current_processing(True)
 
-    handle = loaded.teacher.patcher.model.diffusion_model.register_forward_pre_hook(press)
+    handle = loaded.teacher.model.diffusion_model.register_forward_pre_hook(press)
     management.interrupt_current_processing(not after)
     try:
         with pytest.raises(management.InterruptProcessingException):

@@ -26,6 +26,17 @@ def pictures(comfyui):
     return comfyui.base / "input" / "paintings"
 
 
+@pytest.fixture
+def command(comfyui, room, student, tmp_path):
+    """command(...): the arguments of the training, for the student of all weights."""
+
+    def make(style=STYLE, folder=tmp_path, updates=7, prompts=PROMPTS, student=student, **changes):
+        facts = comfyui.pack("comfy_bridge.facts").student_facts(student)
+        return room.style_command(replace(facts, **changes), style, folder, updates, prompts)
+
+    return make
+
+
 def settings(arguments):
     return {key.removeprefix("--"): value for key, value in zip(arguments[::2], arguments[1::2], strict=True)}
 
@@ -33,8 +44,8 @@ def settings(arguments):
 # ---- the command ----
 
 
-def test_the_command_names_what_the_nodes_have_loaded(room, student, model_folders, tmp_path):
-    said = settings(room.style_command(student, STYLE, tmp_path / "mine", 7, PROMPTS))
+def test_the_command_names_what_the_nodes_have_loaded(command, model_folders, tmp_path):
+    said = settings(command(folder=tmp_path / "mine"))
     tiny = model_folders / "diffusers" / "tiny"
     assert said["model.teacher"] == str(tiny) and said["model.motion"] == str(tiny / "motion_adapter")
     assert said["model.student"] == str(model_folders / "avdm2" / "all.safetensors")
@@ -46,42 +57,51 @@ def test_the_command_names_what_the_nodes_have_loaded(room, student, model_folde
     assert Path(said["data.prompts"]).parent == tmp_path / "mine"
 
 
-def test_its_settings_are_ones_that_the_command_has(room, student, model_folders, pictures, tmp_path):
+def test_its_settings_are_ones_that_the_command_has(command, model_folders, pictures, tmp_path):
     for style in (STYLE, "images in input/paintings"):
-        config = load_config(room.style_command(student, style, tmp_path / "mine", 7, PROMPTS))
+        config = load_config(command(style, tmp_path / "mine"))
         assert config.model.train == "style" and config.run.attached
         assert config.warmup.updates == 7 and config.run.updates == 0
         assert (config.style.images, config.model.score_unet is None) == ((None, False) if style == STYLE else (pictures, True))
 
 
-def test_other_prompts_make_another_run_and_0_updates_are_the_settings_own(room, student, tmp_path):
-    one, other = (settings(room.style_command(student, STYLE, tmp_path, 0, prompts)) for prompts in (PROMPTS, PROMPTS + "more"))
+def test_other_prompts_make_another_run_and_0_updates_are_the_settings_own(command):
+    one, other = (settings(command(updates=0, prompts=prompts)) for prompts in (PROMPTS, PROMPTS + "more"))
     assert one["data.prompts"] != other["data.prompts"] and "warmup.updates" not in one
 
 
-def test_the_bundled_student_needs_no_prompts(room, comfyui, tmp_path):
+def test_the_bundled_student_needs_no_prompts(command, comfyui, tmp_path):
     loader = {"checkpoint": "miniature (bundled)", "motion_module": "the checkpoint's own"}
     teacher, _, _ = comfyui.run("AVDM2TeacherLoader", **loader)
     (student,) = comfyui.run("AVDM2StudentLoader", student="miniature (bundled)", teacher=teacher)
-    said = settings(room.style_command(student, "neon of miniature (bundled)", tmp_path, 0, ""))
+    said = settings(command("neon of miniature (bundled)", updates=0, prompts="", student=student))
     assert "data.prompts" not in said and Path(said["config"]).name == "style.yaml"
 
 
 # ---- refused before anything starts ----
 
 
-def test_refusals(room, student, styled, tmp_path):
-    def refused(student=student, style=STYLE, prompts=PROMPTS):
+def test_refusals(command, comfyui, loaded, styled, tmp_path):
+    def refused(style=STYLE, **inputs):
         with pytest.raises(ValueError if style == "gone" else RuntimeError) as caught:
-            room.style_command(student, style, tmp_path, 0, prompts)
+            command(style, **inputs)
         return str(caught.value)
 
     assert "found none; write some" in refused(prompts=" \n")
-    assert "found some on it; wire the student from" in refused(styled((STYLE, 1.0)))
-    assert "found some on it; wire the student from" in refused(styled((STYLE, 1.0, "transplant")))
-    assert "found one with a MODEL in its place" in refused(replace(student, teacher=replace(student.teacher, path=None)))
+    assert "found some on it; wire the student from" in refused(student=styled((STYLE, 1.0)))
+    assert "found some on it; wire the student from" in refused(student=styled((STYLE, 1.0, "transplant")))
+    assert "found one on a MODEL that does not say its file" in refused(base=None)
+    image = comfyui.pack("comfy_bridge.facts").facts_of(loaded.teacher).image_model
+    (alone,) = comfyui.run("AVDM2StudentLoader", student="all.safetensors", teacher=image)
+    assert "found none; put AVDM2 Teacher Loader or AVDM2 Motion Module" in refused(student=alone, base=tmp_path)
     assert "found no such file" in refused(style="gone")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_student_is_refused(comfyui, loaded):
+    inputs = {"student": loaded.teacher, "style": STYLE, "name": "x", "updates": 1, "prompts": PROMPTS}
+    with pytest.raises(ValueError, match=r"Expected a student, found a MODEL without one; put AVDM2 Student Loader before"):
+        comfyui.run("AVDM2StyleTraining", **inputs)
 
 
 def test_missing_packages_are_told_with_the_command_that_installs_them(room, monkeypatch, tmp_path):

@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from avdm2_nodes.diffusion.samplers import (
     backward_simulation,
-    begin,
     boundary_scaling,
     draw_noise,
+    kept_timesteps,
     sample_student,
     sample_teacher,
     student_timesteps,
@@ -130,15 +130,12 @@ def test_frames_of_a_longer_clip_have_its_noise(text):
 
 
 def test_video_to_video_begins_at_the_first_timestep_within_denoise():
-    noise, clip = draw_noise(SHAPE, seeded(1, 2, 3)), draw_noise(SHAPE, seeded(4, 5, 6))
-    assert begin([999, 749, 499, 249], noise, clip, 1.0) == ([999, 749, 499, 249], noise)
+    timesteps = [999, 749, 499, 249]
+    assert kept_timesteps(timesteps, 1.0) == timesteps
     for denoise, kept in [(0.99, [749, 499, 249]), (0.749, [749, 499, 249]), (0.7489, [499, 249]), (0.25, [249])]:
-        timesteps, x_t = begin([999, 749, 499, 249], noise, clip, denoise)
-        abar = ABAR[kept[0]].float()
-        assert timesteps == kept
-        torch.testing.assert_close(x_t, abar.sqrt() * clip + (1 - abar).sqrt() * noise)
+        assert kept_timesteps(timesteps, denoise) == kept
     with pytest.raises(ValueError, match=r"Expected denoise of at least 0\.25 with the steps 999, 749, 499, 249, found 0\.20"):
-        begin([999, 749, 499, 249], noise, clip, 0.2)
+        kept_timesteps(timesteps, 0.2)
 
 
 def test_refine_changes_what_goes_on(text):

@@ -6,12 +6,16 @@ import time
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel, UNetMotionModel
 from safetensors.torch import save_file
 
+from avdm2_nodes.diffusion.unets import video_unet
 from avdm2_nodes.files.architecture import unet_config
+from avdm2_nodes.files.stack import load_image_unet, load_motion
 from avdm2_nodes.files.student import write_student
 from avdm2_nodes.files.student_info import StudentInfo
 from tests.avdm2_nodes.files.original_layouts import SD15, original_checkpoint, original_motion, values
+from tests.avdm2_nodes.native import diffusers_eps, evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -55,29 +59,17 @@ def test_our_image_unet_is_comfyuis_own(comfyui, files):
 
 
 @torch.inference_mode()
-def test_a_teacher_on_a_model_is_comfyuis_own_unet_without_motion(comfyui, files):
-    """The video UNet that a wired MODEL gives, on one frame and with its motion modules' outputs at zero."""
+def test_an_evaluation_is_diffusers_own(comfyui, files):
+    """The teacher of a checkpoint and a motion module as core loads them, in float32, against diffusers' video UNet of the same files."""
     model, _, _ = comfyui.run("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
-    teacher, _, _ = comfyui.run("AVDM2TeacherLoader", checkpoint=CHECKPOINT, motion_module=MOTION, model=model)
-    network = torch.nn.Module.float(teacher.patcher.model.diffusion_model)
-    exact = comfyui.pack("comfy_bridge.native").image_unet_of(model)
-    for name, parameter in network.named_parameters():
-        if "motion_modules." not in name:
-            weight = exact.get_parameter(name)
-            torch.testing.assert_close(
-                parameter, weight, rtol=2**-7, atol=1e-5
-            )  # a teacher's are cast to what it is sampled in,
-            parameter.copy_(weight)  # and that rounds by more than the 1e-3 below
-        elif ".proj_out." in name:
-            parameter.zero_()
+    (teacher,) = comfyui.run("AVDM2MotionModule", model=model, motion_module=MOTION)
     generator = torch.Generator().manual_seed(0)
-    x, text = torch.randn(1, 4, 16, 8, generator=generator), torch.randn(1, 77, 768, generator=generator)
-    steps = [torch.tensor([t]) for t in (999, 250)]
-    ours = [network(x[:, :, None], t, text, return_dict=False)[0][:, :, 0] for t in steps]
-    del teacher, network, exact
-    native = model.model.diffusion_model.float()
-    for t, mine in zip(steps, ours, strict=True):
-        theirs = native(x, t, context=text)
+    x, text = torch.randn(2, 4, 16, 8, generator=generator), torch.randn(1, 77, 768, generator=generator)
+    ours = {t: evaluate(teacher, x, t, text) for t in (999, 250)}
+    paths = comfyui.base / "models" / "checkpoints" / CHECKPOINT, comfyui.base / "models" / "animatediff_models" / MOTION
+    unet = video_unet(load_image_unet(paths[0]), load_motion(paths[1]))
+    for t, mine in ours.items():
+        theirs = diffusers_eps(unet, x, t, text)
         assert theirs.std() > 0.1
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3)
 
@@ -85,20 +77,26 @@ def test_a_teacher_on_a_model_is_comfyuis_own_unet_without_motion(comfyui, files
 def test_from_files_to_frames(comfyui, files, record_property):
     """A student's clip of 8 frames at 256x256 in 4 evaluations, with its previews; and the teacher beside it on the same network."""
     teacher, clip, vae = comfyui.run("AVDM2TeacherLoader", checkpoint=CHECKPOINT, motion_module=MOTION)
-    assert teacher.frames == 16 and teacher.pixels == 64 and teacher.text_width == 768
+    facts = comfyui.pack("comfy_bridge.facts").facts_of(teacher)
+    assert facts.frames == 16 and facts.base.name == CHECKPOINT and facts.motion.name == MOTION
     positive = comfyui.prompt(clip, "a prompt for CLIP's own tokenizer")
     assert positive[0][0].shape == (1, 77, 768)
-    network = teacher.patcher.model.diffusion_model
+    network = teacher.model.diffusion_model
     small = {"positive": positive, "latent": comfyui.empty(2, 64, 64), "seed": 0, "steps": 2, "denoise": 1.0}
     before = comfyui.run("AVDM2TeacherSampler", teacher=teacher, cfg=3.0, **small)[0]["samples"]
 
+    motion = load_motion(comfyui.base / "models" / "animatediff_models" / MOTION)
+    with torch.device("meta"):
+        shell = UNetMotionModel.from_unet2d(
+            UNet2DConditionModel(sample_size=64, cross_attention_dim=768), motion, load_weights=False
+        )
     info = StudentInfo(
-        holds="motion", timesteps=(999, 749, 499, 249), frames=16, height=256, width=256, unet_config=unet_config(network),
-        base_name=CHECKPOINT, base_hash=teacher.base_hash, updates=0, training_config="", title="random", date="2026-01-31",
-        license="CreativeML OpenRAIL-M",
+        holds="motion", timesteps=(999, 749, 499, 249), frames=16, height=256, width=256, unet_config=unet_config(shell),
+        base_name=CHECKPOINT, base_hash=comfyui.pack("comfy_bridge.models").base_hash(teacher), updates=0, training_config="",
+        title="random", date="2026-01-31", license="CreativeML OpenRAIL-M",
     )  # fmt: skip
     path = comfyui.base / "models" / "avdm2" / STUDENT
-    write_student(path, {name: 0.9 * p for name, p in network.named_parameters() if "motion_modules" in name}, info)
+    write_student(path, {name: 0.9 * p for name, p in motion.named_parameters()}, info)
     (student,) = comfyui.run("AVDM2StudentLoader", student=STUDENT, teacher=teacher)
     path.unlink()
     comfyui.run("AVDM2StudentSampler", student=student, **small)  # loads the student's weights
@@ -110,17 +108,20 @@ def test_from_files_to_frames(comfyui, files, record_property):
     )
 
     def send(value, total, preview, node_id=None):  # as the server does
-        kind, picture, _ = preview
-        picture.save(io.BytesIO(), kind)
-        shown.append(value)
+        if preview is not None and preview[0] == "PNG":
+            preview[1].save(io.BytesIO(), preview[0])
+            shown.append(value)
 
     import comfy.utils
+    from comfy.cli_args import LatentPreviewMethod, args
 
     comfy.utils.set_progress_bar_global_hook(send)
+    args.preview_method, asked = LatentPreviewMethod.Latent2RGB, args.preview_method
     begun = time.process_time()
     inputs = small | {"latent": comfyui.empty(8, 256, 256), "steps": 0}
     (sampled,) = comfyui.run("AVDM2StudentSampler", student=student, **inputs)
     took = time.process_time() - begun
+    args.preview_method = asked
     comfy.utils.set_progress_bar_global_hook(None)
     for handle in handles:
         handle.remove()

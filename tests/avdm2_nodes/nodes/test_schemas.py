@@ -1,9 +1,15 @@
-"""What shared graphs lean on: node ids, the names, kinds, order and defaults of inputs and outputs. Change none of it lightly."""
+"""What shared graphs lean on: node ids, the names, kinds, order and defaults of inputs and outputs. Change none of it lightly.
+
+Inputs that came later are at the end and optional: graphs that were saved before them run.
+"""
+
+import asyncio
 
 import pytest
 
 FILES = "COMBO"  # whose choices are the files that are there
-TEACHER, STUDENT = "AVDM2_TEACHER", "AVDM2_STUDENT"
+TEACHER = STUDENT = "MODEL"
+CLIPS = ("clips", "INT", {"default": 1, "min": 1, "max": 64})
 SEED = ("seed", "INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True})
 DENOISE = ("denoise", "FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01})
 
@@ -14,7 +20,32 @@ NODES = {
         2,
         [("teacher", TEACHER), ("clip", "CLIP"), ("vae", "VAE")],
     ),
-    "AVDM2StudentLoader": ([("student", FILES, {}), ("teacher", TEACHER, {})], 2, [("student", STUDENT)]),
+    "AVDM2StackLoader": ([("stack", FILES, {})], 1, [("model", "MODEL"), ("clip", "CLIP"), ("vae", "VAE")]),
+    "AVDM2MotionModule": (
+        [
+            ("model", "MODEL", {}),
+            ("motion_module", FILES, {}),
+            ("strength", "FLOAT", {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05}),
+            CLIPS,
+        ],
+        2,
+        [("model", "MODEL")],
+    ),
+    "AVDM2Steps": (
+        [("student", STUDENT, {}), ("steps", "INT", {"default": 0, "min": 0, "max": 50}), DENOISE],
+        3,
+        [("sigmas", "SIGMAS"), ("sampler", "SAMPLER")],
+    ),
+    "AVDM2PromptTravel": (
+        [
+            ("clip", "CLIP", {}),
+            ("prompts", "STRING", {"default": "0: a red circle\n8: a blue circle"}),
+            ("frames", "INT", {"default": 16, "min": 1, "max": 4096}),
+        ],
+        3,
+        [("conditioning", "CONDITIONING")],
+    ),
+    "AVDM2StudentLoader": ([("student", FILES, {}), ("teacher", TEACHER, {}), CLIPS], 2, [("student", STUDENT)]),
     "AVDM2StudentSampler": (
         [
             ("student", STUDENT, {}),
@@ -23,6 +54,8 @@ NODES = {
             SEED,
             ("steps", "INT", {"default": 0, "min": 0, "max": 50}),
             DENOISE,
+            ("cfg", "FLOAT", {"default": 1.0, "min": 0.0, "max": 30.0, "step": 0.1}),
+            ("negative", "CONDITIONING", {}),
         ],
         6,
         [("latent", "LATENT")],
@@ -102,7 +135,7 @@ def test_inputs_and_outputs_are_pinned(ours, node_id):
         else:
             choices = found_kind if isinstance(found_kind, list) else found_options.get("options", found_kind)
             assert choices == kind, name
-            texts = {"tooltip", "multiline", "options", "multiselect"}
+            texts = {"tooltip", "multiline", "options", "multiselect", "display_name"}
             assert {key: value for key, value in found_options.items() if key not in texts} == options, name
     assert list(zip(node.RETURN_NAMES or (), node.RETURN_TYPES, strict=True)) == outputs
     assert (node_id in ("AVDM2SaveStudent", "AVDM2StyleTraining")) == node.OUTPUT_NODE
@@ -114,8 +147,8 @@ def test_everything_is_explained(ours, node_id):
     assert len(node.DESCRIPTION) > 40 and node.CATEGORY == "AVDM2"
     assert node.GET_SCHEMA().display_name.startswith("AVDM2 ")
     said = node.INPUT_TYPES()
-    for name, (_, options) in [*said["required"].items(), *said.get("optional", {}).items()]:
-        assert options["tooltip"].endswith("."), name
+    for name, (kind, options) in [*said["required"].items(), *said.get("optional", {}).items()]:
+        assert kind == "CLIP" or options["tooltip"].endswith("."), name
 
 
 def test_choices_follow_the_folders(comfyui, ours, model_folders):
@@ -136,3 +169,51 @@ def test_loading_the_pack_adds_models_folders_and_no_more(comfyui):
 
     for kind in ("avdm2", "animatediff_models"):
         assert folder_paths.get_folder_paths(kind)[0] == str(comfyui.base / "models" / kind)
+
+
+# As the page saved a graph for the API when teacher and student were wires of their own.
+SAVED = {
+    "1": {
+        "class_type": "AVDM2TeacherLoader",
+        "inputs": {"checkpoint": "tiny", "motion_module": "the checkpoint's own"},
+    },
+    "2": {"class_type": "AVDM2StudentLoader", "inputs": {"student": "all.safetensors", "teacher": ["1", 0]}},
+    "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a red circle"}},
+    "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 32, "batch_size": 4}},
+    "5": {
+        "class_type": "AVDM2StyleTransfer",
+        "inputs": {"student": ["2", 0], "style": "other of tiny", "strength": 0.5, "mode": "guidance", "pulls": 1},
+    },
+    "6": {
+        "class_type": "AVDM2StudentSampler",
+        "inputs": {"student": ["5", 0], "positive": ["3", 0], "latent": ["4", 0], "seed": 1, "steps": 0, "denoise": 1.0},
+    },
+    "7": {
+        "class_type": "AVDM2TeacherSampler",
+        "inputs": {
+            "teacher": ["1", 0], "positive": ["3", 0], "negative": ["3", 0], "latent": ["6", 0], "seed": 1, "steps": 2, "cfg": 3.0,
+            "denoise": 0.5,
+        },
+    },
+    "8": {"class_type": "VAEDecode", "inputs": {"samples": ["7", 0], "vae": ["1", 2]}},
+    "9": {"class_type": "SaveImage", "inputs": {"images": ["8", 0], "filename_prefix": "clip"}},
+    "10": {"class_type": "AVDM2SaveStudent", "inputs": {"student": ["2", 0], "name": "again", "format": "student file"}},
+    "11": {
+        "class_type": "AVDM2StyleTraining",
+        "inputs": {"student": ["2", 0], "style": "other of tiny", "name": "ink", "updates": 3, "prompts": "a red circle"},
+    },
+}  # fmt: skip
+
+
+def test_a_graph_that_was_saved_before_is_one_that_comfyui_takes_and_runs(comfyui, model_folders):
+    """Its validation first, with the types of the wires, then its nodes in their order."""
+    import execution
+
+    valid, error, outputs, node_errors = asyncio.run(execution.validate_prompt("id", SAVED, None))
+    assert valid and not error and not node_errors and set(outputs) == {"9", "10", "11"}
+    made = {}
+    for name in "12345678":
+        node = SAVED[name]
+        inputs = {key: made[value[0]][value[1]] if isinstance(value, list) else value for key, value in node["inputs"].items()}
+        made[name] = comfyui.run(node["class_type"], **inputs)
+    assert made["8"][0].shape == (4, 32, 64, 3) and made["8"][0].std() > 0.01

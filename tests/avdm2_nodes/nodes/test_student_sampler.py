@@ -2,12 +2,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from avdm2_nodes.diffusion.precision import sampling_dtype
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
 from avdm2_nodes.diffusion.unets import video_predictor
 from tests.avdm2_nodes.conftest import PROMPT, SCALE, TIMESTEPS, as_latent
-
-DTYPE = sampling_dtype(torch.device("cpu"))
+from tests.avdm2_nodes.native import CLIP, difference, rms
 
 
 @pytest.fixture
@@ -17,31 +15,21 @@ def sample(comfyui, loaded, student):
     return lambda latent, **inputs: comfyui.run("AVDM2StudentSampler", latent=latent, **common | inputs)[0]["samples"]
 
 
+@pytest.mark.parametrize("holds", ["all", "motion", "motion+lora"])
 @pytest.mark.parametrize("frames, seed, steps", [(3, 9, 4), (7, 0, 4), (2, 2**63 + 5, 3)])
-def test_the_latent_is_bitwise_that_of_the_command_line(comfyui, loaded, sample, student_reference, frames, seed, steps):
+def test_the_latent_is_that_of_the_command_line(
+    comfyui, loaded, sample, load_student, student_reference, holds, frames, seed, steps
+):
     """Also in windows, where there are more frames than the student knows, and at the trailing timesteps of another number."""
     ((text, _),) = comfyui.prompt(loaded.clip)
-    clip = sample(comfyui.empty(frames), seed=seed, steps=steps)
+    clip = sample(comfyui.empty(frames), student=load_student(holds), seed=seed, steps=steps)
     assert clip.shape == (frames, 4, 4, 8) and clip.dtype == torch.float32
-    assert torch.equal(clip, student_reference("all", text, clip.shape, seed, steps))
+    assert difference(clip, student_reference(holds, text, clip.shape, seed, steps)) < CLIP and rms(clip) > 0.3
 
 
-def test_so_is_that_of_motion_modules_alone(comfyui, loaded, sample, load_student, student_reference):
-    ((text, _),) = comfyui.prompt(loaded.clip)
-    clip = sample(comfyui.empty(), student=load_student("motion"))
-    assert torch.equal(clip, student_reference("motion", text, clip.shape, 9))
-
-
-def test_lora_is_merged_to_rounding(comfyui, loaded, sample, load_student, student_reference):
-    """ComfyUI rounds the base before a LoRA is added to it, the command line after: a unit in the last place of some weights."""
-    ((text, _),) = comfyui.prompt(loaded.clip)
-    clip = sample(comfyui.empty(), student=load_student("motion+lora"), steps=1)
-    reference = student_reference("motion+lora", text, clip.shape, 9, 1)
-    tolerance = 10 * torch.finfo(DTYPE).eps
-    error, size = (clip - reference).square().mean().sqrt(), reference.square().mean().sqrt()
-    assert error < tolerance * size
-    without = sample(comfyui.empty(), student=load_student("motion"), steps=1)
-    assert (without - reference).square().mean().sqrt() > 2 * tolerance * size
+def test_the_students_differ(comfyui, sample, load_student):
+    clips = [sample(comfyui.empty(), student=load_student(holds)) for holds in ("all", "motion", "motion+lora")]
+    assert min(difference(clips[i], clips[i - 1]) for i in range(3)) > 0.01
 
 
 def test_the_evaluations_are_at_the_students_own_timesteps(comfyui, sample, evaluations):
@@ -61,7 +49,7 @@ def test_the_first_noise_is_comfyuis_own(comfyui, sample, evaluations):
     latent = comfyui.empty(3)
     sample(latent, seed=1234)
     noise = prepare_noise(latent["samples"], 1234)
-    assert torch.equal(evaluations[0][0][0].transpose(0, 1), noise.to(DTYPE))
+    assert difference(evaluations[0][0], noise) < CLIP
 
 
 def test_frames_of_a_longer_clip_get_that_clips_noise(comfyui, loaded, sample, evaluations, student_network):
@@ -72,7 +60,7 @@ def test_frames_of_a_longer_clip_get_that_clips_noise(comfyui, loaded, sample, e
     assert part["batch_index"] == [3, 4]
     clip = sample(part)
     noise = prepare_noise(whole["samples"], 9)
-    assert torch.equal(evaluations[0][0][0].transpose(0, 1), noise[3:5].to(DTYPE))
+    assert difference(evaluations[0][0], noise[3:5]) < CLIP
     # The noise of later steps too.
     predict = video_predictor(student_network("all"))
     ((text, _),) = comfyui.prompt(loaded.clip)
@@ -80,8 +68,16 @@ def test_frames_of_a_longer_clip_get_that_clips_noise(comfyui, loaded, sample, e
     with torch.no_grad():
         noise = draw_noise((1, 4, 2, 4, 8), generator, index=[3, 4])
         expected = sample_student(predict, noise, text, TIMESTEPS, generator, index=[3, 4])
-    assert torch.equal(clip, as_latent(expected))
-    assert not torch.equal(clip, sample(comfyui.empty(2)))
+    assert difference(clip, as_latent(expected)) < CLIP
+    assert difference(clip, sample(comfyui.empty(2))) > 0.01
+
+
+def test_a_batch_index_of_another_length_is_refused(comfyui, sample, evaluations):
+    with pytest.raises(
+        ValueError, match=r"Expected a batch_index for each of 3 frames in the latent, found 2; make the latent"
+    ):
+        sample(comfyui.empty(3) | {"batch_index": [0, 1]})
+    assert not evaluations
 
 
 @pytest.mark.parametrize("denoise, kept", [(0.5, [300]), (0.6, [600, 300]), (0.85, [800, 600, 300]), (0.3, [300])])
@@ -93,14 +89,13 @@ def test_video_to_video_starts_at_the_first_step_that_is_low_enough(comfyui, sam
     noise = torch.randn(3, 4, 4, 8, generator=torch.Generator().manual_seed(9))
     schedule = DDIMScheduler(beta_schedule="linear", beta_start=0.00085, beta_end=0.012)
     expected = schedule.add_noise(SCALE * latent["samples"], noise, torch.tensor(kept[0]))
-    x_t = evaluations[0][0][0].transpose(0, 1).float()
-    torch.testing.assert_close(x_t, expected, rtol=2 * torch.finfo(DTYPE).eps, atol=1e-4)
+    torch.testing.assert_close(evaluations[0][0], expected, rtol=1e-5, atol=1e-4)
     assert clip.isfinite().all()
 
 
 def test_at_full_denoise_the_latent_does_not_matter(comfyui, sample):
     random = {"samples": torch.randn(3, 4, 4, 8)}
-    assert torch.equal(sample(random), sample(comfyui.empty()))
+    assert torch.equal(sample(random), sample(comfyui.empty()))  # core starts at pure noise where denoise is 1
     assert not torch.equal(sample(random, denoise=0.6), sample(comfyui.empty(), denoise=0.6))
 
 
@@ -119,8 +114,33 @@ def test_joined_prompts_are_read(comfyui, loaded, sample, student_reference):
     (joined,) = comfyui.run("ConditioningConcat", conditioning_to=one, conditioning_from=other)
     clip = sample(comfyui.empty(), positive=joined)
     text = torch.cat([one[0][0], other[0][0]], 1)
-    assert torch.equal(clip, student_reference("all", text, clip.shape, 9))
-    assert not torch.equal(clip, sample(comfyui.empty()))
+    assert difference(clip, student_reference("all", text, clip.shape, 9)) < CLIP
+    assert difference(clip, sample(comfyui.empty())) > 0.001
+
+
+def test_guidance_wants_a_negative_prompt(comfyui, loaded, sample, evaluations):
+    with pytest.raises(ValueError, match=r"Expected a negative prompt with cfg 2, found none; wire one, or set cfg to 1"):
+        sample(comfyui.empty(), cfg=2.0)
+    assert not evaluations
+    negative = comfyui.prompt(loaded.clip, "")
+    assert torch.equal(sample(comfyui.empty(), negative=negative), sample(comfyui.empty())), "at cfg 1 it does nothing"
+
+
+def test_what_is_no_student_is_refused(comfyui, loaded, sample, evaluations):
+    image = comfyui.pack("comfy_bridge.facts").facts_of(loaded.teacher).image_model
+    for model in (loaded.teacher, image):
+        with pytest.raises(ValueError, match=r"Expected a student, found a MODEL without one; put AVDM2 Student Loader before"):
+            sample(comfyui.empty(), student=model)
+    assert not evaluations
+
+
+@pytest.mark.parametrize("width, height", [(72, 64), (64, 40)])
+def test_sides_that_halves_do_not_divide_are_sampled(comfyui, loaded, sample, student_reference, width, height):
+    """As core's image models do it, and diffusers."""
+    ((text, _),) = comfyui.prompt(loaded.clip)
+    clip = sample(comfyui.empty(2, height, width))
+    assert clip.shape == (2, 4, height // 8, width // 8)
+    assert difference(clip, student_reference("all", text, clip.shape, 9)) < CLIP
 
 
 def test_other_keys_of_the_latent_are_kept_and_it_is_not_changed(comfyui, loaded, student):
@@ -132,12 +152,20 @@ def test_other_keys_of_the_latent_are_kept_and_it_is_not_changed(comfyui, loaded
     assert latent == given and torch.equal(latent["samples"], before)
 
 
-def test_one_frame_and_a_mask_are_warned_of_and_sampled(comfyui, sample, caplog):
-    (masked,) = comfyui.run("SetLatentNoiseMask", samples=comfyui.empty(1), mask=torch.zeros(1, 32, 64))
-    clip = sample(masked)
+def test_one_frame_is_warned_of_and_sampled(comfyui, sample, caplog):
+    clip = sample(comfyui.empty(1))
     assert clip.shape == (1, 4, 4, 8)
-    assert sum("AVDM2" in message for message in caplog.messages) == 2
-    assert torch.equal(clip, sample(comfyui.empty(1)))
+    (told,) = (message for message in caplog.messages if "AVDM2" in message)
+    assert "One frame only: for a clip set batch_size" in told
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 4, 8), (1, 4, 2, 4, 8), (4, 4, 8)])
+def test_latents_of_another_kind_are_refused(comfyui, sample, evaluations, shape):
+    with pytest.raises(
+        ValueError, match=r"^Expected a latent of \(frames, 4, height, width\), found .*; use Empty Latent Image"
+    ):
+        sample({"samples": torch.ones(shape)})
+    assert not evaluations
 
 
 def test_frames_are_those_of_the_command_line(comfyui, loaded, sample, node_stack):
