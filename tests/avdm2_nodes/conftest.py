@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, UNetMotionModel
 from torch import nn
+from transformers import CLIPTextModel
 
 from avdm2_nodes.diffusion.samplers import draw_noise, student_timesteps
 from avdm2_nodes.files.architecture import unet_config
@@ -122,6 +123,8 @@ def node_stack_folder(stack_folder, tmp_path_factory) -> Path:
     vae = AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths, scaling_factor=SCALE)
     nn.init.normal_(vae.decoder.layers[-1].weight, std=0.2)  # so that frames are not all of one grey
     vae.save_pretrained(folder / "vae")
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    encoder.half().float().save_pretrained(folder / "text_encoder")  # as files have it: core holds text encoders in float16
     shutil.copytree(folder / "unet", folder / "styles" / "same")
     (folder / "stack.json").write_text(json.dumps({"frames": TEACHER_WINDOW, **COLOURS}))
     return folder

@@ -161,6 +161,8 @@ def test_in_windows_each_frame_keeps_its_image(comfyui, loaded, student, adapted
     def of_window(x_t, t, y, window):
         return predict(x_t, t, y, cond[[min(i, count - 1) for i in window]])
 
-    windowed = in_windows(of_window, lambda step: [[0, 1, 2, 3], [3, 4, 5, 6]], lambda window: [1.0, 2.0, 2.0, 1.0])
+    windowed = in_windows(
+        of_window, lambda step: [[0, 1, 2, 3], [2, 3, 4, 5], [3, 4, 5, 6]], lambda window: [1.0, 2.0, 2.0, 1.0]
+    )
     clip = sample(adapted(student, cond), 7)
     assert difference(clip, reference(windowed, text, 7)) < CLIP

@@ -83,7 +83,7 @@ def test_a_module_is_diffusers_own(room, heads, blocks, groups):
     )  # fmt: skip
     random_weights(theirs)
     like = {"dtype": torch.float32, "device": torch.device("cpu")}
-    ours = room.TemporalTransformer(32, heads, groups, 24, blocks, comfy.ops.manual_cast, **like)
+    ours = room.TemporalTransformer(32, heads, groups, 24, blocks, 2, comfy.ops.manual_cast, **like)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(10, 32, 4, 6, generator=torch.Generator().manual_seed(1))
     for frames in (1, 2, 5, 10):

@@ -13,7 +13,7 @@ def sample(comfyui, loaded):
         "teacher": loaded.teacher,
         "positive": comfyui.prompt(loaded.clip),
         "seed": 9,
-        "steps": 3,
+        "steps": 4,
         "cfg": 3.0,
         "denoise": 1.0,
     }
@@ -30,15 +30,15 @@ def test_the_latent_is_that_of_the_command_line(
 ):
     ((text, _),) = comfyui.prompt(loaded.clip)
     clip = sample(comfyui.empty(frames), cfg=cfg)
-    assert same(clip, teacher_reference(text, node_stack.encode_text([""]), clip.shape, 9, 3, cfg))
-    windows, copies = (2 if frames == 9 else 1), (1 if cfg == 1 else 2)
-    assert [len(x_t) for x_t, _ in evaluations] == [copies * min(frames, TEACHER_WINDOW)] * 3 * windows
+    assert same(clip, teacher_reference(text, node_stack.encode_text([""]), clip.shape, 9, 4, cfg))
+    windows, copies = (3 if frames == 9 else 1), (1 if cfg == 1 else 2)
+    assert [len(x_t) for x_t, _ in evaluations] == [copies * min(frames, TEACHER_WINDOW)] * 4 * windows
 
 
 def test_a_negative_prompt_takes_the_empty_ones_place(comfyui, loaded, sample, teacher_reference):
     ((text, _),), negative = comfyui.prompt(loaded.clip), comfyui.prompt(loaded.clip, "a small red square")
     clip = sample(comfyui.empty(), negative=negative)
-    assert same(clip, teacher_reference(text, negative[0][0], clip.shape, 9, 3, 3.0))
+    assert same(clip, teacher_reference(text, negative[0][0], clip.shape, 9, 4, 3.0))
     assert not same(clip, sample(comfyui.empty()))
     assert torch.equal(sample(comfyui.empty(), negative=comfyui.prompt(loaded.clip, "")), sample(comfyui.empty()))
 
@@ -49,14 +49,14 @@ def test_joined_and_long_prompts_are_read_beside_shorter_ones(comfyui, loaded, s
     clip = sample(comfyui.empty(), positive=joined)
     empty = node_stack.encode_text([""])
     text = torch.cat([one[0][0], other[0][0]], 1)
-    assert same(clip, teacher_reference(text, torch.cat([empty, empty], 1), clip.shape, 9, 3, 3.0))
+    assert same(clip, teacher_reference(text, torch.cat([empty, empty], 1), clip.shape, 9, 4, 3.0))
 
 
 def test_the_first_noise_is_the_students(comfyui, loaded, sample, student, evaluations):
     sample(comfyui.empty())
     options = {"positive": comfyui.prompt(loaded.clip), "latent": comfyui.empty(), "seed": 9, "steps": 4, "denoise": 1.0}
     comfyui.run("AVDM2StudentSampler", student=student, **options)
-    assert difference(evaluations[0][0][:3], evaluations[3][0]) < 1e-5
+    assert difference(evaluations[0][0][:3], evaluations[4][0]) < 1e-5
 
 
 def test_frames_of_a_longer_clip_get_that_clips_noise(comfyui, sample, evaluations):
