@@ -83,6 +83,7 @@ def image_model(unet: UNet2DConditionModel, latent_format, disable_dynamic: bool
 def _require_sd15_kind(said, folder: Path) -> None:
     """NativeModelError for an image UNet that core's SD1.5 network does not describe."""
     found = {
+        "block_out_channels": all(width % 32 == 0 for width in said.block_out_channels),  # by the groups of core's layers
         "layers_per_block": isinstance(said.layers_per_block, int),
         "attention_head_dim": isinstance(said.attention_head_dim, int),
         "num_attention_heads": said.num_attention_heads is None,

@@ -163,7 +163,7 @@ def test_nodes_refuse_them_too(new_native, comfyui, loaded, student):
 
 @pytest.mark.parametrize(
     "widths, blocks, layers",
-    [((32, 64, 96), "CCD", 1), ((32, 48, 64, 64), "CCCD", 2), ((64, 96), "DC", 1), ((32, 64, 64), "CCC", 2)],
+    [((32, 64, 96), "CCD", 1), ((32, 96, 64, 64), "CCCD", 2), ((64, 96), "DC", 1), ((32, 64, 64), "CCC", 2)],
 )
 def test_a_stack_of_any_size_is_the_same_network(comfyui, widths, blocks, layers):
     """Also of levels that are no whole multiples of the first, of attention on the coarsest, and of other groups."""
@@ -189,16 +189,23 @@ def test_a_stack_of_any_size_is_the_same_network(comfyui, widths, blocks, layers
     assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), unet.state_dict().values(), strict=True))
 
 
-def test_a_stack_of_another_kind_is_refused(comfyui, node_stack_folder, tmp_path):
-    shutil.copytree(node_stack_folder, tmp_path / "linear")
-    shutil.rmtree(tmp_path / "linear" / "unet")
-    UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 32), layers_per_block=1, attention_head_dim=2, cross_attention_dim=TEXT_WIDTH,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        norm_num_groups=8, use_linear_projection=True,
-    ).save_pretrained(tmp_path / "linear" / "unet")  # fmt: skip
-    with pytest.raises(ValueError, match=r"image UNet of SD1.5's kind in .*linear, found another by its use_linear_projection"):
-        comfyui.pack("comfy_bridge.native").load_native_stack(tmp_path / "linear")
+@pytest.mark.parametrize(
+    "changes, words",
+    [({"use_linear_projection": True}, "use_linear_projection"), ({"block_out_channels": (32, 48)}, "block_out_channels")],
+)
+def test_a_stack_of_another_kind_is_refused(comfyui, node_stack_folder, tmp_path, changes, words):
+    shutil.copytree(node_stack_folder, tmp_path / "odd")
+    shutil.rmtree(tmp_path / "odd" / "unet")
+    shape = {
+        "sample_size": 8, "block_out_channels": (32, 32), "layers_per_block": 1, "attention_head_dim": 2, "norm_num_groups": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": TEXT_WIDTH,
+    }  # fmt: skip
+    UNet2DConditionModel(**shape | changes).save_pretrained(tmp_path / "odd" / "unet")
+    with pytest.raises(
+        ValueError, match=rf"image UNet of SD1.5's kind in .*odd, found another by its {words}; use an SD1.5 stack"
+    ):
+        comfyui.pack("comfy_bridge.native").load_native_stack(tmp_path / "odd")
 
 
 def test_a_stack_copies_its_weights(comfyui, node_stack):
