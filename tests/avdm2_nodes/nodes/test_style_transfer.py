@@ -7,7 +7,7 @@ from avdm2_nodes.files.stack import load_image_unet
 from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.student_unet import student_unet
 from tests.avdm2_nodes.native import CLIP, GUIDED, chain, difference
-from training.sample import style_guide
+from training.evaluation.sampling import style_guide
 
 OTHER, SAME = "other of tiny", "same of tiny"
 TRANSPLANT = "transplant"
