@@ -1,6 +1,7 @@
 """The student sampler's node inside ComfyUI, where COMFYUI_DIR names a checkout and this Python has its requirements."""
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch import Tensor
 
 from avdm2_nodes.diffusion.schedules import trailing_timesteps
+from avdm2_nodes.diffusion.unets import share_spatial_layers
 from avdm2_nodes.files.architecture import unet_config
 from avdm2_nodes.files.student import Student
 from avdm2_nodes.files.student_info import StudentInfo
@@ -38,20 +40,24 @@ def version() -> str:
 def student_node(unet: UNetMotionModel, text: Tensor, clip: tuple[int, ...], steps: int) -> Callable[[], dict]:
     """What the node does when it is run: from conditioning (1, L, D) and an empty latent to a LATENT of `clip` (1, C, F, h, w).
 
-    `unet` is put under ComfyUI's memory management, its layers become ComfyUI's.
+    The weights of `unet` are copied into a native MODEL and its motion modules.
     """
-    memory, models, sampling, formats = _bridge(Path(os.environ["COMFYUI_DIR"]))
+    native, motion, facts, sampling, formats = _bridge(Path(os.environ["COMFYUI_DIR"]))
     _, channels, frames, height, width = clip
-    patcher = memory.unet_patcher(unet, formats.SD15())
+    config = {key: value for key, value in unet.config.items() if key in inspect.signature(UNet2DConditionModel).parameters}
+    for key in ("down_block_types", "up_block_types"):
+        config[key] = tuple(kind.replace("Motion", "2D") for kind in config[key])
+    config |= {
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "attention_head_dim": unet.config.num_attention_heads,
+        "num_attention_heads": None,
+    }
     with torch.device("meta"):
-        architecture = UNet2DConditionModel(
-            in_channels=channels,
-            block_out_channels=unet.config.block_out_channels,
-            cross_attention_dim=text.shape[-1],
-            down_block_types=("DownBlock2D",) * len(unet.config.block_out_channels),
-            up_block_types=("UpBlock2D",) * len(unet.config.block_out_channels),
-            norm_num_groups=unet.config.norm_num_groups,
-        )
+        shell = UNet2DConditionModel(**config)
+    image_model = native.image_model(share_spatial_layers(unet, shell), formats.SD15())
+    modules = {name: tensor for name, tensor in unet.state_dict().items() if "motion_modules" in name}
+    weights = motion.MotionWeights(modules, unet.config.motion_num_attention_heads, unet.config.norm_num_groups)
+    model = sampling.look_after(motion.with_motion(image_model, weights))
     info = StudentInfo(
         holds="all",
         timesteps=tuple(trailing_timesteps(steps)),
@@ -67,29 +73,18 @@ def student_node(unet: UNetMotionModel, text: Tensor, clip: tuple[int, ...], ste
         date="2026-01-01",
         license="Apache-2.0",
     )
-    teacher = models.Teacher(
-        name="benchmark",
-        patcher=patcher,
-        architecture=architecture,
-        base_hash=info.base_hash,
-        empty_text=torch.zeros_like(text).cpu(),
-        frames=frames,
-        image_unet=lambda: None,
-        path=None,
-        motion_path=None,
-    )
-    student = models.Student(Student(info, {}, "benchmark"), patcher, teacher)
+    model.set_attachments(motion.KEY, facts.Facts(image_model, None, None, frames, Student(info, {}, "benchmark")))
     latent = {"samples": torch.zeros(frames, channels, height, width)}
 
     def run() -> dict:
         with torch.inference_mode():
-            return sampling.student_latent(student, [[text.cpu(), {}]], latent, 0, steps, 1.0)
+            return sampling.student_latent(model, [[text.cpu(), {}]], latent, 0, steps, 1.0)
 
     return run
 
 
 def _bridge(comfyui: Path) -> tuple:
-    """comfy_bridge's memory, models and sampling, and ComfyUI's latent formats."""
+    """comfy_bridge's native, motion, facts and sampling, and ComfyUI's latent formats."""
     if str(comfyui) not in sys.path:
         sys.path.insert(1, str(comfyui))  # and it stays: ComfyUI imports parts of itself when they are used
         arguments, sys.argv = sys.argv, ["main.py"] + ([] if torch.cuda.is_available() else ["--cpu"])
@@ -98,5 +93,5 @@ def _bridge(comfyui: Path) -> tuple:
             importlib.import_module("comfy.cli_args")
         finally:
             sys.argv = arguments
-    ours = [importlib.import_module(f"avdm2_nodes.comfy_bridge.{name}") for name in ("memory", "models", "sampling")]
+    ours = [importlib.import_module(f"avdm2_nodes.comfy_bridge.{name}") for name in ("native", "motion", "facts", "sampling")]
     return *ours, importlib.import_module("comfy.latent_formats")
