@@ -7,12 +7,13 @@ from pathlib import Path
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..errors import SentenceError
 from ..files.student import Student
 from ..files.student_info import StyleUse
 from .motion import KEY
 
 
-class ModelError(ValueError):
+class ModelError(SentenceError, ValueError):
     """A MODEL that a node cannot use; the message is one sentence."""
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import folder_paths
 
+from ..errors import SentenceError
+
 BUNDLED = Path(__file__).resolve().parents[2] / "miniature"
 BUNDLED_NAME = "miniature (bundled)"
 OWN_MOTION = "the checkpoint's own"
@@ -17,7 +19,7 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _PEER = re.compile(r"lightning|lcm|\d[-_ ]?step", re.IGNORECASE)  # in the name of a few-step motion module that others made
 
 
-class ModelFileError(ValueError):
+class ModelFileError(SentenceError, ValueError):
     """A model file that is not there or not of the kind that is wanted; the message is one sentence."""
 
 

@@ -22,12 +22,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import SentenceError
+
 KEY = "avdm2"  # of our additional model, attachment, wrappers and transformer options
 
 _PLACE = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.motion_modules\.(\d+)\.(.+)")
 
 
-class MotionError(ValueError):
+class MotionError(SentenceError, ValueError):
     """A clip or a MODEL that the motion modules cannot serve; the message is one sentence."""
 
 

@@ -20,11 +20,12 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 
+from ..errors import SentenceError
 from ..files.stack import Stack, load_stack
 from .motion import core_patcher
 
 
-class NativeModelError(ValueError):
+class NativeModelError(SentenceError, ValueError):
     """A MODEL or VAE that does not fit; the message is one sentence."""
 
 

@@ -7,11 +7,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import SentenceError
+
 PATIENCE = 150  # seconds that a job may take to put down what it has; somewhat more than it gives itself
 TAIL = 2**14  # bytes of its log that are looked at
 
 
-class ProcessError(RuntimeError):
+class ProcessError(SentenceError, RuntimeError):
     """A job that failed; the message is its own last words."""
 
 

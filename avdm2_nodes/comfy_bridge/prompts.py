@@ -5,10 +5,12 @@ import re
 import torch
 from torch import Tensor
 
+from ..errors import SentenceError
+
 _LINE = re.compile(r"\s*(\d{1,6})\s*:\s*(.*)")
 
 
-class PromptError(ValueError):
+class PromptError(SentenceError, ValueError):
     """Prompts that cannot be read; the message is one sentence."""
 
 

@@ -16,12 +16,13 @@ from comfy.cldm.cldm import ControlNet
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 from torch import Tensor
 
+from ..errors import SentenceError
 from ..files.sparse_control import SparseControlFile, read_sparse_control
 from .motion import Motion, MotionWeights
 from .windows import window_frames
 
 
-class SparseControlError(ValueError):
+class SparseControlError(SentenceError, ValueError):
     """Hints that cannot be placed; the message is one sentence."""
 
 

@@ -17,6 +17,7 @@ import yaml
 from comfy.model_patcher import ModelPatcher
 from PIL import Image
 
+from ..errors import SentenceError
 from ..files.student import student_path
 from . import folders
 from .facts import Facts, student_facts
@@ -33,7 +34,7 @@ LOOK = 0.5  # seconds between two looks at what the process has done
 SHOWN = 768  # pixels of a sample sheet's longer side, at most, while it is only shown
 
 
-class TrainingError(RuntimeError):
+class TrainingError(SentenceError, RuntimeError):
     """Training that cannot begin; the message is one sentence."""
 
 

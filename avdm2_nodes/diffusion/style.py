@@ -10,8 +10,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from ..errors import SentenceError
 
-class StyleError(ValueError):
+
+class StyleError(SentenceError, ValueError):
     """A style that does not fit; the message is one sentence."""
 
 

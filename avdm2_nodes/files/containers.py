@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import SentenceError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -26,7 +28,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _HEADER_LIMIT = 100_000_000  # bytes of a .safetensors' header; the library's own limit
 
 
-class FileFormatError(ValueError):
+class FileFormatError(SentenceError, ValueError):
     """A model file that cannot be read, written or used; the message is one sentence that names it."""
 
 

@@ -13,12 +13,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..diffusion.unets import require_matching_motion, video_unet
 from ..diffusion.windows import ANIMATEDIFF_FRAMES
+from ..errors import SentenceError
 from .clip import clip_tokenizer
 from .motion import load_motion_file
 from .sd15 import load_sd15_file
 
 
-class StackError(ValueError):
+class StackError(SentenceError, ValueError):
     """A stack folder that cannot be used; the message is one sentence that names it."""
 
 

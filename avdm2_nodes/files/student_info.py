@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from ..diffusion.samplers import Chain
 from ..diffusion.schedules import TRAIN_TIMESTEPS
+from ..errors import SentenceError
 from .described import STRICT, Description, Hash, Positive
 
 FORMAT_VERSION = 1
@@ -16,7 +17,7 @@ ANY_BASE = "any"  # in place of a hash: the student runs on each base of its arc
 _SAMPLERS = {"renoise": "lcm", "euler": "euler", "lcm": "lcm"}  # ComfyUI's names
 
 
-class StudentFileError(ValueError):
+class StudentFileError(SentenceError, ValueError):
     """A student file that cannot be read, written or used; the message is one sentence that names it."""
 
 

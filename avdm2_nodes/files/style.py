@@ -13,6 +13,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor
 
+from ..errors import SentenceError
 from .architecture import meta_unet
 from .described import STRICT, Description, Hash, Positive, is_described, read_described, write_described
 from .hashes import tensors_hash
@@ -22,7 +23,7 @@ from .student import Student
 STYLE_VERSION = 1
 
 
-class StyleFileError(ValueError):
+class StyleFileError(SentenceError, ValueError):
     """A style file that cannot be read, written or used; the message is one sentence that names it."""
 
 
