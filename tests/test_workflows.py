@@ -2,8 +2,10 @@
 
 import ast
 import json
+import math
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,28 +22,55 @@ TEXTS = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encodin
 # The wires and the number of widget values of the core nodes that the workflows use, as ComfyUI 0.8 and 0.33 both read them.
 CORE = {
     "CLIPTextEncode": ({"clip": "CLIP"}, ["CONDITIONING"], 1),
+    "Canny": ({"image": "IMAGE"}, ["IMAGE"], 2),
+    "CheckpointLoaderSimple": ({}, ["MODEL", "CLIP", "VAE"], 1),
+    "ContextWindowsManual": ({"model": "MODEL"}, ["MODEL"], 12),  # 0.8 has eight of them and leaves the others out
+    "ControlNetApplyAdvanced": (
+        {"positive": "CONDITIONING", "negative": "CONDITIONING", "control_net": "CONTROL_NET", "image": "IMAGE", "vae": "VAE"},
+        ["CONDITIONING", "CONDITIONING"],
+        3,
+    ),
+    "ControlNetLoader": ({}, ["CONTROL_NET"], 1),
     "CreateVideo": ({"images": "IMAGE", "audio": "AUDIO"}, ["VIDEO"], 1),
     "EmptyLatentImage": ({}, ["LATENT"], 3),
     "GetVideoComponents": ({"video": "VIDEO"}, ["IMAGE", "AUDIO", "FLOAT"], 0),
+    "ImageFromBatch": ({"image": "IMAGE"}, ["IMAGE"], 2),
     "ImageScale": ({"image": "IMAGE"}, ["IMAGE"], 4),
     "ImageStitch": ({"image1": "IMAGE", "image2": "IMAGE"}, ["IMAGE"], 4),
+    "KSampler": (
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT"},
+        ["LATENT"],
+        7,
+    ),
+    "LoadImage": ({}, ["IMAGE", "MASK"], 2),
     "LoadVideo": ({}, ["VIDEO"], 1),
+    "LoraLoader": ({"model": "MODEL", "clip": "CLIP"}, ["MODEL", "CLIP"], 3),
     "MarkdownNote": ({}, [], 1),
     "PrimitiveInt": ({}, ["INT"], 2),
+    "RepeatLatentBatch": ({"samples": "LATENT"}, ["LATENT"], 1),
+    "SamplerCustom": (
+        {
+            "model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "sampler": "SAMPLER", "sigmas": "SIGMAS",
+            "latent_image": "LATENT",
+        },
+        ["LATENT", "LATENT"],
+        4,
+    ),
     "SaveVideo": ({"video": "VIDEO"}, [], 3),
     "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ["IMAGE"], 0),
     "VAEEncode": ({"pixels": "IMAGE", "vae": "VAE"}, ["LATENT"], 0),
+}  # fmt: skip
+PEERS = {  # nodes of another pack, by its name in the registry
+    "IPAdapter": ({"model": "MODEL", "ipadapter": "IPADAPTER", "image": "IMAGE", "attn_mask": "MASK"}, ["MODEL"], 4),
+    "IPAdapterUnifiedLoader": ({"model": "MODEL", "ipadapter": "IPADAPTER"}, ["MODEL", "IPADAPTER"], 1),
 }
+PEER = "comfyui_ipadapter_plus"
 WIDGETS = {"COMBO", "STRING", "INT", "FLOAT", "BOOLEAN"}
 CONTROL = ("fixed", "increment", "decrement", "randomize")  # the value that control_after_generate adds behind a widget's
 BUNDLED = "(bundled)"
-FOLDERS = {  # our widgets that name a file of ComfyUI's models folder
-    ("AVDM2TeacherLoader", "checkpoint"): "checkpoints",
-    ("AVDM2TeacherLoader", "motion_module"): "animatediff_models",
-    ("AVDM2StudentLoader", "student"): "avdm2",
-    ("AVDM2StyleTraining", "style"): "checkpoints",
-    ("AVDM2StyleTransfer", "style"): "checkpoints",
-}
+FILES = (".safetensors", ".ckpt")
+OWN_STUDENT = "avdm2_sd15_4step.safetensors"  # which a person has to distil first
+SOURCES = ("https://huggingface.co/", "https://civitai.com/")  # that ComfyUI's dialog of missing models trusts
 
 
 @dataclass
@@ -49,6 +78,11 @@ class Input:
     name: str
     type: str
     said: dict  # the schema's constants: tooltip, default, min, max, optional, control_after_generate
+
+    @property
+    def shown(self) -> str:
+        """Its name in the page."""
+        return self.said.get("display_name", self.name)
 
 
 @dataclass
@@ -76,33 +110,35 @@ def constants(call: ast.Call) -> dict:
     return found
 
 
-def own_wires() -> dict[str, str]:
-    """{"TeacherWire": "AVDM2_TEACHER", …} of nodes/types.py."""
-    tree = ast.parse((ROOT / "avdm2_nodes" / "nodes" / "types.py").read_text(encoding="utf-8"))
-    custom = [n for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Call)]
-    return {n.targets[0].id: ast.literal_eval(n.value.args[0]) for n in custom}
-
-
-def kind_of(call: ast.Call, wires: dict[str, str]) -> str:
-    """The type of `io.Int.Input(…)` is INT, of `TeacherWire.Input(…)` AVDM2_TEACHER."""
-    owner = call.func.value
-    return wires[owner.id] if isinstance(owner, ast.Name) else owner.attr.upper()
-
-
 def read_nodes() -> dict[str, Node]:
     """The nodes by id, in the order in which the pack lists them, without ComfyUI."""
-    wires, nodes, files = own_wires(), {}, ROOT / "avdm2_nodes" / "nodes"
+    nodes, files = {}, ROOT / "avdm2_nodes" / "nodes"
+    shared = {
+        f.name: f for f in ast.parse((files / "category.py").read_text(encoding="utf-8")).body if isinstance(f, ast.FunctionDef)
+    }
     for file in sorted(files.glob("*.py")):
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and getattr(call.func, "attr", None) == "Schema":
                 parts = {k.arg: k.value for k in call.keywords}
                 node = Node(constants(call)["node_id"], constants(call))
                 for item in parts["inputs"].elts:
-                    node.inputs.append(Input(ast.literal_eval(item.args[0]), kind_of(item, wires), constants(item)))
+                    item, said = declared(item, shared)
+                    node.inputs.append(
+                        Input(ast.literal_eval(item.args[0]), item.func.value.attr.upper(), constants(item) | said)
+                    )
                 for item in parts["outputs"].elts:
-                    node.outputs.append((constants(item)["display_name"], kind_of(item, wires)))
+                    node.outputs.append((constants(item)["display_name"], item.func.value.attr.upper()))
                 nodes[node.id] = node
     return nodes
+
+
+def declared(item: ast.Call, shared: dict[str, ast.FunctionDef]) -> tuple[ast.Call, dict]:
+    """`io.Int.Input(…)` itself, or the one that `seed_input()` of category.py returns; and what the caller gave it."""
+    if isinstance(item.func, ast.Attribute):
+        return item, {}
+    function = shared[item.func.id]
+    given = {a.arg: ast.literal_eval(value) for a, value in zip(function.args.args, item.args, strict=True)}
+    return function.body[-1].value, given
 
 
 NODES = read_nodes()
@@ -124,14 +160,26 @@ def values(node: dict) -> list[tuple[Input, object]]:
     return found
 
 
+def models_of(node: dict) -> dict[str, dict]:
+    """What a node tells ComfyUI's dialog of missing models: {name: {url, directory}}."""
+    return {model["name"]: model for model in node["properties"].get("models", [])}
+
+
+def named(node: dict) -> list[str]:
+    """The model files that a node's widgets name."""
+    loads = node["type"] != "MarkdownNote"
+    return [value for value in node["widgets_values"] if loads and isinstance(value, str) and value.endswith(FILES)]
+
+
 def files_named(workflow: dict) -> dict[str, list[str]]:
-    """The model files that our nodes' widgets name, by their folder."""
+    """The model files that the nodes need, by their folder."""
     found: dict[str, list[str]] = {}
     for node in workflow["nodes"]:
-        for widget, value in values(node) if node["type"] in NODES else []:
-            folder = FOLDERS.get((node["type"], widget.name))
-            if folder and Path(value).suffix and value not in found.setdefault(folder, []):
-                found[folder].append(value)
+        files = [(model["directory"], name) for name, model in models_of(node).items()]
+        files += [("avdm2", name) for name in named(node) if name == OWN_STUDENT]
+        for folder, name in files:
+            if name not in found.setdefault(folder, []):
+                found[folder].append(name)
     return found
 
 
@@ -140,22 +188,28 @@ each_node = pytest.mark.parametrize("node", NODES.values(), ids=lambda node: nod
 
 
 def test_the_sources_are_read():
-    assert len(NODES) == len(list((ROOT / "avdm2_nodes" / "nodes").glob("*.py"))) - 2  # __init__ and types
-    loader = NODES["AVDM2TeacherLoader"]
-    assert {("checkpoint", "COMBO"), ("model", "MODEL")} <= {(i.name, i.type) for i in loader.inputs}
-    assert loader.outputs == [("teacher", "AVDM2_TEACHER"), ("clip", "CLIP"), ("vae", "VAE")]
+    assert len(NODES) == len(list((ROOT / "avdm2_nodes" / "nodes").glob("*.py"))) - 2  # __init__ and category
+    loader = NODES["AVDM2StudentLoader"]
+    assert [(i.name, i.type) for i in loader.inputs] == [("student", "COMBO"), ("teacher", "MODEL"), ("clips", "INT")]
+    assert loader.inputs[1].shown == "model" and loader.outputs == [("student", "MODEL")]
 
 
-def test_each_task_is_there_for_the_miniature_and_for_sd15():
-    tasks = ["text_to_video", "teacher_and_student", "video_to_video", "style_transfer", "style_transplant", "style_training"]
-    assert {path.stem for path in WORKFLOWS} == {f"{models}_{task}" for models in ("miniature", "sd15") for task in tasks}
-    assert list(MANIFEST) == sorted(path.stem for path in WORKFLOWS)
+def test_the_template_to_start_with_comes_first_and_names_can_be_read():
+    """The browser shows the files' names, and sorts them by these where a person asks for it or the file system does."""
+    names = [path.stem for path in WORKFLOWS]
+    assert names[0] == "01 Text to video (miniature)" and names[0] in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(re.fullmatch(r"[01]\d [A-Z][\w -]+ \((miniature|SD1\.5)\)", name) for name in names)
+    assert len({name[:2] for name in names}) == len(names) and list(MANIFEST) == names
 
 
 @each_workflow
-def test_nodes_are_ours_or_the_core_s(path):
-    for node in load(path)["nodes"]:
-        assert node["type"] in NODES or node["type"] in CORE, f"{node['type']} comes from another pack"
+def test_nodes_are_ours_the_core_s_or_of_a_pack_that_is_named(path):
+    workflow = load(path)
+    for node in workflow["nodes"]:
+        if node["type"] in PEERS:
+            assert node["properties"]["cnr_id"] == PEER and "IP-Adapter" in path.stem
+        else:
+            assert node["type"] in NODES or node["type"] in CORE, f"{node['type']} comes from another pack"
 
 
 @each_workflow
@@ -178,8 +232,8 @@ def test_slots_are_those_of_the_nodes(path):
     for node in load(path)["nodes"]:
         sockets = {i["name"]: i["type"] for i in node["inputs"] if "widget" not in i}
         made = [o["type"] for o in node["outputs"]]
-        if node["type"] in CORE:
-            inputs, outputs, count = CORE[node["type"]]
+        if node["type"] in CORE | PEERS:
+            inputs, outputs, count = (CORE | PEERS)[node["type"]]
             assert (sockets, made, len(node["widgets_values"])) == (inputs, outputs, count), node["type"]
         else:
             schema = NODES[node["type"]]
@@ -204,9 +258,22 @@ def test_widget_values_fit_the_schemas(path):
 @each_workflow
 def test_the_manifest_lists_the_files_that_the_widgets_name(path):
     assert files_named(load(path)) == MANIFEST[path.stem]
-    if path.stem.startswith("miniature"):
+    if "(miniature)" in path.stem:
         assert MANIFEST[path.stem] == {}
         assert BUNDLED in str(load(path)["nodes"])
+
+
+@each_workflow
+def test_a_person_is_told_where_missing_files_are_published(path):
+    """By ComfyUI's dialog, and by the note."""
+    workflow = load(path)
+    note = next(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    for node in workflow["nodes"]:
+        models = models_of(node)
+        assert set(named(node)) - {OWN_STUDENT} <= set(models), f"{node['type']} does not say where its file is"
+        for name, model in models.items():
+            assert model["url"].startswith(SOURCES) and model["url"] in note and model["directory"] in note and name in note
+    assert OWN_STUDENT not in str(workflow["nodes"]) or "distillation" in note
 
 
 @each_workflow
@@ -221,6 +288,52 @@ def test_a_person_finds_groups_and_a_note(path):
         assert not over, f"{node['type']} lies over {over}"
 
 
+@each_workflow
+def test_no_wire_runs_behind_a_node(path):
+    workflow = load(path)
+    boxes = [(node["type"], *node["pos"], *node["size"]) for node in workflow["nodes"]]
+    for link in workflow["links"]:
+        for x, y in wire(workflow, link):
+            behind = [kind for kind, a, b, w, h in boxes if a + 2 < x < a + w - 2 and b - 28 < y < b + h - 2]
+            assert not behind, f"the wire {link} runs behind {behind}"
+
+
+def wire(workflow: dict, link: list) -> list[tuple[float, float]]:
+    """Points of a wire as the canvas draws it: Bézier curves at its ends, straight between its reroutes."""
+    _, source, out, target, slot, _ = link
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    (x, y), width = nodes[source]["pos"], nodes[source]["size"][0]
+    points = [(x + width, y + 20 * out + 14), *reroutes(workflow, link[0]), socket(nodes[target], slot)]
+    found = []
+    for k, ((x0, y0), (x1, y1)) in enumerate(pairwise(points)):
+        bend = math.dist((x0, y0), (x1, y1)) / 4
+        c0, c1 = x0 + bend * (k == 0), x1 - bend * (k == len(points) - 2)
+        for t in (i / 60 for i in range(1, 60)):
+            s = 1 - t
+            px = s**3 * x0 + 3 * s * s * t * c0 + 3 * s * t * t * c1 + t**3 * x1
+            found.append((px, (s**3 + 3 * s * s * t) * y0 + (3 * s * t * t + t**3) * y1))
+    return found
+
+
+def reroutes(workflow: dict, link: int) -> list[tuple[float, float]]:
+    extra = workflow["extra"]
+    known = {point["id"]: point for point in extra.get("reroutes", [])}
+    last = {item["id"]: item["parentId"] for item in extra.get("linkExtensions", [])}.get(link)
+    found = []
+    while last is not None:
+        found.insert(0, tuple(known[last]["pos"]))
+        last = known[last].get("parentId")
+    return found
+
+
+def socket(node: dict, slot: int) -> tuple[float, float]:
+    """Where an input is; one that stands in a widget's place, beside it."""
+    (x, y), sockets = node["pos"], [i for i in node["inputs"] if "widget" not in i]
+    if "widget" not in node["inputs"][slot]:
+        return x, y + 20 * slot + 14
+    return x, y + 20 * max(len(sockets), len(node["outputs"])) + 16
+
+
 def _overlap(box, other: dict) -> bool:
     x, y, w, h = box
     a, b, c, d = other["pos"][0], other["pos"][1] - 30, other["size"][0], other["size"][1] + 30
@@ -232,7 +345,7 @@ def test_each_workflow_has_its_picture(path):
     picture = path.with_suffix(".jpg")
     assert picture.stat().st_size < 200_000
     with Image.open(picture) as image:
-        assert image.format == "JPEG" and image.width >= 600
+        assert image.format == "JPEG" and image.width == image.height >= 400  # the browser shows squares
 
 
 def test_nothing_else_shows_up_in_the_template_browser():
@@ -244,7 +357,7 @@ def test_nothing_else_shows_up_in_the_template_browser():
 def test_each_node_has_a_help_page(node):
     page = (PAGES / f"{node.id}.md").read_text(encoding="utf-8")
     assert page.startswith(f"# {node.said['display_name']}\n")
-    for name in [i.name for i in node.inputs] + [name for name, _ in node.outputs]:
+    for name in [i.shown for i in node.inputs] + [name for name, _ in node.outputs]:
         assert f"| {name} |" in page, f"the page of {node.id} says nothing of {name}"
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
     assert pictures, f"the page of {node.id} has no picture"
@@ -259,7 +372,7 @@ def test_no_help_page_is_of_a_node_that_is_gone():
 @each_node
 def test_the_texts_are_the_schema_s(node):
     """ComfyUI shows the texts of `locales` in place of the schema's, so they must not drift apart."""
-    inputs = {i.name: {"name": i.name, "tooltip": i.said["tooltip"]} for i in node.inputs}
+    inputs = {i.name: {"name": i.shown, "tooltip": i.said["tooltip"]} for i in node.inputs}
     outputs = {str(k): {"name": name} for k, (name, _) in enumerate(node.outputs)}
     expected = {key: node.said[key] for key in ("display_name", "description")} | {"inputs": inputs}
     if outputs:

@@ -22,7 +22,7 @@ def say(text: str) -> None:
     """Tells a person what to know of a graph that runs all the same: on the node that is being run, and in the log."""
     if text:
         logger.warning("AVDM2: %s", text)
-        show_text(text)
+        show_text(f"AVDM2: {text}")  # by which web/readable_warnings.js knows it
 
 
 def show_text(text: str) -> None:

@@ -47,7 +47,7 @@ def sample_looked_after(
     """Core's wrapper around a whole sampling."""
     guider = executor.class_obj
     model = guider.model_patcher
-    say("\n".join(warnings_of(model, sigmas, len(noise), getattr(guider, "cfg", 1.0))))
+    say("\n".join([*warnings_of(model, sigmas, len(noise), getattr(guider, "cfg", 1.0)), *other_sampler(model, sampler)]))
     callback = with_moving_previews(callback, model.model.latent_format, len(sigmas) - 1)
     sampler = with_own_noise(model, sampler)
     return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
@@ -77,6 +77,18 @@ def warnings_of(model, sigmas: Tensor, frames: int, cfg: float) -> list[str]:
     if frames == 1:
         told.append("One frame only: for a clip set batch_size of the latent to the number of frames.")
     return told
+
+
+def other_sampler(model, sampler) -> list[str]:
+    """A sentence where a student is sampled by another of core's samplers than the one it was trained for."""
+    facts = facts_of(model)
+    if facts is None or facts.student is None or not isinstance(sampler, comfy.samplers.KSAMPLER):
+        return []
+    expected = "euler" if facts.student.info.chain == "euler" else "lcm"
+    found = getattr(sampler.sampler_function, "__name__", "").removeprefix("sample_")
+    if found in (expected, sample_chain.__name__.removeprefix("sample_")):
+        return []
+    return [f"The student was trained for the sampler {expected}, this is {found}; take {expected}, or AVDM2 Steps."]
 
 
 def missed_steps(info, used: Sequence[int]) -> str:

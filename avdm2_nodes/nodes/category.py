@@ -12,6 +12,7 @@ def clips_input():
         min=1,
         max=64,
         optional=True,
+        extra_dict={"advanced": True},
         tooltip="How many clips the latent's batch holds, one after the other: a batch of 32 with 2 clips is 2 of 16 frames.",
     )
 

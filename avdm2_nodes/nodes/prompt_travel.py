@@ -16,7 +16,7 @@ class PromptTravel(io.ComfyNode):
             "with a motion module or a "
             "student, and follows context windows.",
             inputs=[
-                io.Clip.Input("clip"),
+                io.Clip.Input("clip", tooltip="From Load Checkpoint or AVDM2 Load Miniature."),
                 io.String.Input(
                     "prompts",
                     multiline=True,
