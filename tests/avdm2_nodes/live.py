@@ -22,7 +22,7 @@ START, RUN = 900, 600  # seconds that the server and a prompt may take on a busy
 class Server:
     """A ComfyUI of its own on the CPU, its folders in `base`, the pack in its custom_nodes; `with` waits until it answers."""
 
-    def __init__(self, comfyui_dir: Path, base: Path, pack: Path = ROOT):
+    def __init__(self, comfyui_dir: Path, base: Path, pack: Path = ROOT, options: tuple[str, ...] = ()):
         for folder in ("custom_nodes", "input", "output", "temp", "user", "models"):
             (base / folder).mkdir(parents=True, exist_ok=True)
         (base / "custom_nodes" / "AVDM2").symlink_to(pack, target_is_directory=True)
@@ -33,6 +33,7 @@ class Server:
         command = [
             sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
             "--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--disable-auto-launch", "--preview-method", "auto",
+            *options,
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with self.log_file.open("wb") as log:

@@ -57,8 +57,16 @@ class Page:
 
     def run(self) -> dict:
         """Presses the keys for Run; what the history says of the prompt once it has ended."""
+        return self.ended(self.start())
+
+    def start(self) -> set[str]:
+        """Presses the keys for Run; the prompts that had ended before."""
         before = set(self.server.get("/history"))
         self.tab.locator("body").press("Control+Enter")
+        return before
+
+    def ended(self, before: set[str]) -> dict:
+        """What the history says of the first prompt to end that is not among these."""
         until = time.monotonic() + RUN
         while time.monotonic() < until:
             self.tab.wait_for_timeout(200)
