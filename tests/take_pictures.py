@@ -117,10 +117,8 @@ def main() -> None:
     chosen = [path for path in WORKFLOWS if path.stem[:2] in (sys.argv[1:] or [p.stem[:2] for p in WORKFLOWS])]
     with tempfile.TemporaryDirectory() as folder:
         place_files(Path(folder))
-        with (
-            Server(Path(os.environ["COMFYUI_DIR"]).resolve(), Path(folder), "--preview-method", "auto") as server,
-            Page(server) as page,
-        ):
+        comfyui = Path(os.environ["COMFYUI_DIR"]).resolve()
+        with Server(comfyui, Path(folder), options=PREVIEWS) as server, Page(server) as page:
             for path in chosen:
                 take(page, path)
 
