@@ -1,6 +1,6 @@
 """Takes the pictures of workflows and nodes anew, in the page that a running ComfyUI shows: `COMFYUI_DIR=… python tests/take_pictures.py`.
 
-Needs what the tests of the page need (tests/avdm2_nodes/test_page.py). Numbers of workflows as arguments, as in 01: only the pictures of these.
+Needs what the tests of the page need (tests/avdm2_nodes/test_page.py). Numbers of workflows as arguments (01): only their pictures.
 """
 
 import math
@@ -41,7 +41,7 @@ ADDED = {  # nodes that the workflow lacks: the input that takes its model
 MIDDLE = {  # the node that stands for a workflow whose clip nobody has made
     "11": "LoraLoader",
     "12": "AVDM2StudentLoader",
-    "13": "AVDM2PromptTravel",
+    "13": "ContextWindowsManual",
     "14": "ControlNetApplyAdvanced",
     "15": "IPAdapter",
     "16": "AVDM2StyleTransfer",
@@ -54,6 +54,7 @@ ADD = """([kind, input]) => {
   const node = LiteGraph.createNode(kind)
   app.graph.add(node)
   node.pos = [370, 2000]
+  if (kind === "AVDM2MotionModule") node.widgets[0].value = "v3_sd15_mm.ckpt"
   const from = kind === "AVDM2MotionModule" ? "AVDM2StackLoader" : "AVDM2StudentLoader"
   app.graph.nodes.find(other => other.type === from).connect(0, node, node.findInputSlot(input))
 }"""
