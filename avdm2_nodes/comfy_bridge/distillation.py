@@ -16,7 +16,7 @@ from .training import Base, Trained, Training, TrainingError, base_of, changed_w
 INPUTS = {
     "videos": ("data.folder",),
     "prompts": ("data.prompts",),
-    "settings": ("model.train", "model.lora_rank"),
+    "settings": ("model.train",),
     "teacher": ("model.teacher",),
     "motion_module": ("model.motion",),
 }
