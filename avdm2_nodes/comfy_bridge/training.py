@@ -269,13 +269,13 @@ def _flat(said: dict[str, dict]) -> dict[str, Any]:
 
 
 def _comparable(key: str, value: Any) -> Any:
-    return os.path.normpath(ROOT / value) if key in _PATHS and value else value
+    return os.path.normpath(ROOT / str(value)) if key in _PATHS and value else value
 
 
 def _said(settings: dict[str, Any], keys: tuple[str, ...]) -> str:
     """How a person knows what is set there: by its file's name."""
     value = next((settings[key] for key in keys if settings.get(key) is not None), "nothing")
-    return Path(value).name if any(key in _PATHS for key in keys) else str(value)
+    return Path(str(value)).name if any(key in _PATHS for key in keys) else str(value)
 
 
 # ---- what it leaves ----

@@ -130,6 +130,8 @@ def test_other_inputs_are_named_as_the_node_names_them(room, training):
         "found style ink, was neon.safetensors; other prompts; updates 7, was 40; set that back to go on with it, or choose "
         "another name." in refusal(room.require_same_inputs, made)
     )
+    begun(made, 5, model={"train": "style", "student": 5}, style={"images": "/input/ink"})
+    assert "student nothing, was 5" in refusal(room.require_same_inputs, made), "whatever is there"
     begun(made, 5, model={"train": "all"})
     assert "found one under which a student was trained" in refusal(room.require_same_inputs, made)
 
