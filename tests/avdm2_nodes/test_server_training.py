@@ -10,12 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.style import read_style, require_student
 from tests.avdm2_nodes.conftest import HOW_TO_RUN, ROOT
+from tests.avdm2_nodes.diffusion.original_layouts import SD15, original_checkpoint
 from tests.avdm2_nodes.live import RUN, Client, Server
 from training.data.clips import write_clips
 from training.world import scenes
@@ -240,6 +244,30 @@ def test_a_base_that_core_does_not_remember_is_found_in_the_graph(server, base):
     ended = server.wait_for(server.submit(nodes))
     assert ended["status"]["status_str"] == "success", (ended["status"]["messages"], server.log()[-2000:])
     assert len(ended["outputs"]["stills"]["images"]) == 2
+
+
+def test_core_s_load_checkpoint_says_which_file_training_reads(server, client, base):
+    """An SD1.5 checkpoint of full size; the process is stopped as soon as it has been told. 3 GB of memory, 2 GB of disk."""
+    checkpoint, motion = (
+        base / "models" / kind for kind in ("checkpoints/zeros.safetensors", "animatediff_models/motion.ckpt")
+    )
+    for file in (checkpoint, motion):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: torch.zeros(shape).half() for name, shape in original_checkpoint(**SD15).items()}, checkpoint)
+    motion.touch()
+    nodes = graph(VIDEOS, 3) | {
+        "core": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint.name}},
+        "free": {"class_type": "FreeU", "inputs": {"model": ["core", 0], "b1": 1.1, "b2": 1.2, "s1": 0.9, "s2": 0.2}},
+    }
+    nodes["training"]["inputs"] |= {"teacher": ["free", 0], "motion_module": motion.name}
+    running = server.submit(nodes, client.id)
+    settings = base / "output" / "AVDM2" / "mine" / "ink" / "settings.yaml"
+    wait_until(settings.exists)
+    server.post("/interrupt", {})
+    assert server.wait_for(running)["status"]["status_str"] == "error"
+    model = yaml.safe_load(settings.read_text())["model"]
+    assert (model["teacher"], model["motion"]) == (str(checkpoint), str(motion)) and Path(model["tokenizer"]).is_dir()
+    assert not jobs(base)
 
 
 @pytest.mark.parametrize("moment", ["loading", "training"])
