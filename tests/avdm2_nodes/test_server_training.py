@@ -19,7 +19,7 @@ from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.style import read_style, require_student
 from tests.avdm2_nodes.conftest import HOW_TO_RUN, ROOT
-from tests.avdm2_nodes.diffusion.original_layouts import SD15, original_checkpoint
+from tests.avdm2_nodes.files.original_layouts import SD15, original_checkpoint
 from tests.avdm2_nodes.live import RUN, Client, Server
 from training.data.clips import write_clips
 from training.world import scenes

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from training.data.clips import VIDEO_SUFFIXES
-from training.run.config import load_config
+from training.data.video import VIDEO_SUFFIXES
+from training.run.command_line import load_config
 
 OWN, FITS_24GB, ALL = "the model's own", "fits 24 GB", "all weights (80 GB)"
 PROMPTS = "a red circle\na blue square\n"

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from training.run.config import load_config
+from training.run.command_line import load_config
 
 STYLE, PROMPTS = "other of tiny", "a red circle\na blue square\n"
 OWN = "the model's own"

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from avdm2_nodes.files.student import read_student, weights_hash
+from avdm2_nodes.files.hashes import weights_hash
+from avdm2_nodes.files.student import read_student
 from training.data.clips import write_clips
 from training.world import scenes
 
