@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     require_equal_parts(config.run, processes)
     stop = watch() if config.run.attached else never
     with RunFolder(config.run.folder, hold=processes.main) as run:
-        distil(config, run, stop=stop, processes=processes)
+        distil(config, run, config.evaluation.report, stop, processes)
     processes.end()
 
 
@@ -112,6 +112,8 @@ def _trained(
         else:
             export(config, run, stack, roles, score_unet)
         logger.info("The %s is %s.", path.stem, path)
+        if not config.evaluation.report:
+            show(config.warmup.updates + config.run.updates)
     return path, stack, roles.teacher, gallery, begun
 
 

@@ -13,9 +13,15 @@ BUNDLED = Path(__file__).resolve().parents[2] / "miniature"
 BUNDLED_NAME = "miniature (bundled)"
 OWN_MOTION = "the checkpoint's own"
 STUDENTS, MOTION, LORAS, CHECKPOINTS, STACKS = "avdm2", "animatediff_models", "loras", "checkpoints", "diffusers"
-IMAGES = "images in input/"  # and the folder's name: a style that is known from pictures alone
+AS_WIRED = "the model's own"
+IMAGES, VIDEOS = "images in input/", "videos in input/"  # and the folder's name
+RENDERED = "rendered clips (for the miniature)"
+TEACHER_CLIPS = "none: the teacher makes clips of the prompts"
+CONFIGS = Path(__file__).resolve().parents[2] / "training" / "configs"
+SETTINGS = {"fits 24 GB": CONFIGS / "sd15_24gb.yaml", "all weights (80 GB)": CONFIGS / "sd15.yaml"}  # of a distillation
 _STYLE_KEY = b'"avdm2.style_version"'  # in the metadata of a style file and of no other
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".tar")  # as training reads them: videos, shards of them
 _PEER = re.compile(r"lightning|lcm|\d[-_ ]?step", re.IGNORECASE)  # in the name of a few-step motion module that others made
 
 
@@ -98,21 +104,39 @@ def _says_style(path: str, changed: int, size: int) -> bool:
 
 def image_folders() -> dict[str, Path]:
     """Folders of pictures right below ComfyUI's input folder, by the name that a person picks."""
+    return {f"{IMAGES}{folder.name}": folder for folder in _input_folders() if _holds(folder, _PICTURES)}
+
+
+def video_folders() -> dict[str, Path]:
+    """Folders of videos or of shards there, and what `prepare.py` made of such, likewise."""
+    return {f"{VIDEOS}{folder.name}": folder for folder in _input_folders() if _holds(folder, (*_VIDEOS, "cache.json"))}
+
+
+def video_folder(name: str) -> Path:
+    """The folder of videos that a person picked. ModelFileError where it is gone."""
+    found = video_folders().get(name)
+    if found is None:
+        raise ModelFileError(
+            f"Expected a folder {name}, found none with videos in it; put them there, or refresh and choose another."
+        )
+    return found
+
+
+def _input_folders() -> list[Path]:
     root = Path(folder_paths.get_input_directory())
-    folders = [Path(entry.path) for entry in os.scandir(root) if entry.is_dir()] if root.is_dir() else []
-    return {f"{IMAGES}{folder.name}": folder for folder in sorted(folders) if _has_pictures(folder)}
+    return sorted(Path(entry.path) for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
 
 
-def _has_pictures(folder: Path) -> bool:
+def _holds(folder: Path, endings: tuple[str, ...]) -> bool:
     try:
         with os.scandir(folder) as entries:
-            return any(entry.name.lower().endswith(_PICTURES) for entry in entries)
+            return any(entry.name.lower().endswith(endings) for entry in entries)
     except OSError:
         return False
 
 
 def run_folder(name: str) -> Path:
-    """Where the training of a style of this name keeps what it makes: below ComfyUI's output folder."""
+    """Where the training of this name keeps what it makes: below ComfyUI's output folder."""
     return Path(folder_paths.get_output_directory()) / "AVDM2" / name
 
 
@@ -128,6 +152,22 @@ def module_choices() -> list[str]:
     """Motion modules: those of the folder, and the miniature's."""
     bundled = [BUNDLED_NAME] if (BUNDLED / "motion_adapter").is_dir() else []
     return [*folder_paths.get_filename_list(MOTION), *bundled]
+
+
+def module_file(name: str) -> Path:
+    """Where the motion modules lie that a person picked. ModelFileError where they are gone."""
+    return BUNDLED / "motion_adapter" if name == BUNDLED_NAME else model_file(MOTION, name)
+
+
+def training_modules() -> list[str]:
+    """What a node that trains offers for the teacher's motion module: the wired one's first."""
+    return [AS_WIRED, *module_choices()]
+
+
+def video_sources() -> list[str]:
+    """What a student can be distilled on: clips of the miniature's world, folders of videos, or the teacher's own clips."""
+    bundled = [RENDERED] if (BUNDLED / "unet").is_dir() else []
+    return [*bundled, *video_folders(), TEACHER_CLIPS]
 
 
 def style_choices() -> list[str]:

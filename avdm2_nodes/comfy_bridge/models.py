@@ -27,6 +27,7 @@ from . import folders, native
 from .facts import Facts, ModelError, facts_of
 from .motion import KEY, MotionWeights, network_of, with_motion
 from .progress import say
+from .prompt_graph import STACK, model_loaders
 from .sampling import look_after
 from .windows import with_windows
 
@@ -57,10 +58,8 @@ def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None
 
 def add_motion(model: ModelPatcher, motion: str, strength: float = 1.0, clips: int = 1) -> ModelPatcher:
     """A MODEL with a motion module, by the name that a person picked: a teacher, or plain AnimateDiff."""
-    if motion == folders.BUNDLED_NAME:
-        path, frames = folders.BUNDLED / "motion_adapter", stack_frames(folders.BUNDLED)
-    else:
-        path, frames = folders.model_file(folders.MOTION, motion), ANIMATEDIFF_FRAMES
+    path = folders.module_file(motion)
+    frames = stack_frames(folders.BUNDLED) if motion == folders.BUNDLED_NAME else ANIMATEDIFF_FRAMES
     return _with_teacher(model, motion_weights(path), checkpoint_of(model), path, frames, strength, clips)
 
 
@@ -117,13 +116,17 @@ def checkpoint_unet(path: Path) -> UNet2DConditionModel:
 
 
 def load_student(name: str, model: ModelPatcher, clips: int = 1) -> ModelPatcher:
-    """A student by the name that a person picked, on a clone of an SD1.5 MODEL; `load_peer`'s too.
+    """A student by the name that a person picked, on a clone of an SD1.5 MODEL: `with_student`."""
+    return with_student(folders.student_file(name), model, clips)
+
+
+def with_student(path: Path, model: ModelPatcher, clips: int = 1) -> ModelPatcher:
+    """A student's file, or one of `load_peer`, on a clone of an SD1.5 MODEL.
 
     It takes the place of motion modules and of a student that the MODEL had; LoRAs that a person wired before it stay. On another base
     than its own it runs and the node says so. StudentFileError for a base of another architecture.
     """
     native.require_sd15(model)
-    path = folders.student_file(name)
     earlier = facts_of(model)
     image_model = earlier.image_model if earlier else model
     with torch.device("meta"):
@@ -202,12 +205,19 @@ _hashes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of networks,
 
 
 def checkpoint_of(model: ModelPatcher) -> Path | None:
-    """The file that a MODEL was loaded from, where core remembers it (0.33 does, 0.8 does not)."""
+    """The file or the stack that a MODEL was loaded from; None where that is not known.
+
+    Core remembers it from 0.33 on (not in 0.8); else the graph says it, where one loader alone is behind the node that is run.
+    """
     facts = facts_of(model)
     if facts is not None and facts.base is not None:
         return facts.base
     _, *arguments = getattr(model, "cached_patcher_init", None) or (None, ())
     path = Path(arguments[0][0]) if arguments[0] and isinstance(arguments[0][0], (str, Path)) else None
+    if path is None and len(loaders := model_loaders()) == 1:
+        ((kind, name),) = loaders
+        found = folders.stack_folders().get(name) if kind == STACK else folder_paths.get_full_path(folders.CHECKPOINTS, name)
+        path = Path(found) if found else None
     return path if path is not None and path.exists() else None
 
 

@@ -1,6 +1,7 @@
 """A long job as a process of its own, which never outlives this one: it ends when its standard input does."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,12 +30,17 @@ class Process:
 
     def __enter__(self) -> "Process":
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
-            # A session of its own, so that Ctrl-C in the server's terminal asks it in the same way.
-            self._job = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("wb") as log:
+                # A session of its own, so that Ctrl-C in the server's terminal asks it in the same way.
+                self._job = subprocess.Popen(
+                    self.command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+                )
+        except OSError as error:
+            raise ProcessError(
+                f"Expected to start {Path(self.command[1]).name} with its log at {self.log}, found: {error.strerror}; make room there."
+            ) from error
         return self
 
     def __exit__(self, *_) -> None:
@@ -52,14 +58,29 @@ class Process:
             if time.monotonic() >= until:
                 return False
             time.sleep(min(0.1, seconds))
+        if code < 0:
+            raise ProcessError(
+                f"Expected {Path(self.command[1]).name} to end by itself, found it killed by {_signal(-code)}, as a system does that runs "
+                "out of memory; the same command goes on from the last checkpoint."
+            )
         if code:
             raise ProcessError(self.last_words() or f"Expected {self.command[1]} to end well, found exit code {code}.")
         return True
 
     def last_words(self) -> str:
         """The last line of its output; of a progress bar, which is one line drawn again and again, as it stands now."""
-        with self.log.open("rb") as log:
-            log.seek(max(0, self.log.stat().st_size - TAIL))
-            text = log.read().decode("utf-8", errors="replace")
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, self.log.stat().st_size - TAIL))
+                text = log.read().decode("utf-8", errors="replace")
+        except OSError:  # taken away meanwhile
+            return ""
         lines = [line.strip() for line in text.replace("\r", "\n").splitlines()]
         return next((line for line in reversed(lines) if line), "")
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

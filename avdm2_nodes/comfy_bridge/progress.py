@@ -34,6 +34,13 @@ def show_text(text: str) -> None:
         PromptServer.instance.send_progress_text(text, context.node_id, PromptServer.instance.client_id)
 
 
+def show_trained(trained) -> dict:
+    """A node's output after a training: its file and what to know of it, as text, and the newest clips."""
+    texts = [str(trained.file), *([trained.note] if trained.note else [])]
+    show_text("\n".join(texts))
+    return {"images": shown_files(trained.samples[-1:]), "text": texts}
+
+
 def shown_files(pictures: list[Path]) -> list[dict]:
     """Pictures below ComfyUI's output folder, as a node's output names them to be shown."""
     root = Path(folder_paths.get_output_directory())

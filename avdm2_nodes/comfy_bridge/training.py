@@ -1,135 +1,202 @@
-"""Training a style from within ComfyUI: `training/distill.py` as a process of its own, followed by what it leaves in its folder."""
+"""Training from within ComfyUI: `training/distill.py` as a process of its own, refused beforehand where it could not go well."""
 
+import contextlib
+import filecmp
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management as management
 import comfy.sd1_clip
-import comfy.utils
 import yaml
 from comfy.model_patcher import ModelPatcher
-from PIL import Image
 
+from ..diffusion.windows import ANIMATEDIFF_FRAMES
 from ..errors import SentenceError
+from ..files.stack import stack_frames
 from ..files.student import student_path
 from . import folders
-from .facts import Facts, student_facts
-from .process import Process
-from .progress import show_text
-from .styles import with_style_file
+from .facts import facts_of
+from .models import checkpoint_of, weight_patches
+from .process import Process, ProcessError
+from .training_look import follow, sample_sheets
+from .training_words import in_node_words
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT, CONFIGS, REQUIREMENTS = ROOT / "training/distill.py", ROOT / "training/configs", ROOT / "requirements-training.txt"
+SCRIPT, REQUIREMENTS = ROOT / "training/distill.py", ROOT / "requirements-training.txt"
 TOKENIZER = Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer"
-MADE, LOG = "style.safetensors", "training.log"  # in the run's folder
-LOSSES = ("guidance", "sdm", "adm", "fake", "critic")  # of `stats.jsonl`
-LOOK = 0.5  # seconds between two looks at what the process has done
-SHOWN = 768  # pixels of a sample sheet's longer side, at most, while it is only shown
+SETTINGS, LOG = "settings.yaml", "training.log"  # in the run's folder
 
 
 class TrainingError(SentenceError, RuntimeError):
-    """Training that cannot begin; the message is one sentence."""
+    """Training that cannot begin, or that ended early; the message is one sentence in the words of the node."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A student with the style that was learnt for it, the style's file, and the sheets of clips that were made on the way."""
+    """A student after a training, the file that it is in, the sheets of clips made on the way, and what to know of it."""
 
-    student: ModelPatcher
+    student: ModelPatcher = field(repr=False)
     file: Path
     samples: list[Path]
+    note: str = ""
 
 
-def train_style(model: ModelPatcher, style: str, name: str, updates: int, prompts: str = "") -> Trained:
-    """Learns a style for this student in a process of its own and waits for it, showing what it does.
+@dataclass(frozen=True)
+class Base:
+    """What a training starts from, as files."""
 
-    `style` is one of `folders.style_sources()`; `updates` 0 and no prompts (one a line) take what the settings say. Goes on where an
-    earlier run of this name was stopped. TrainingError before anything starts, else ProcessError in the process's words; an interrupt
-    stops the process first, which leaves a checkpoint.
+    path: Path  # a checkpoint, or a stack's folder
+    motion: Path
+    frames: int  # of a clip that the motion modules know
+
+    @property
+    def bundled(self) -> bool:
+        return self.path == folders.BUNDLED
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training as a node asks for it: what it reads, where its files go, and how the node calls what it was given."""
+
+    made: str  # the file that it leaves in its folder
+    file: Path  # and where that goes in the end
+    folder: Path
+    config: Path  # settings, of training/configs
+    settings: Mapping[str, Mapping[str, Any]] = field(repr=False)  # and those that the node puts in their place, by section
+    inputs: Mapping[str, tuple[str, ...]] = field(repr=False)  # the node's inputs, by the settings that they become
+    prompts: str = ""  # one a line
+
+
+def train(training: Training) -> list[Path]:
+    """Runs a training to its end, shows how far it is, and puts what it made where the nodes look for it; its sheets of clips.
+
+    Goes on where an earlier run of this name was stopped. TrainingError, before anything is written where it can be told so early; an
+    interrupt stops the process first, which leaves a checkpoint.
     """
-    file = student_path(folders.saving_folder(folders.STUDENTS), name)
-    folder = folders.run_folder(file.relative_to(folders.saving_folder(folders.STUDENTS)).with_suffix("").as_posix())
-    command = style_command(student_facts(model), style, folder, updates, prompts)
     require_training()
-    require_own(file, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if prompts.strip():
-        prompts_file(folder, prompts).write_text(prompts, encoding="utf-8")
+    require_own(training)
+    require_same_inputs(training)
+    with _told(f"Expected a folder that can be made and written at {training.folder}", "make room, or choose another name"):
+        training.folder.mkdir(parents=True, exist_ok=True)
+        if training.prompts.strip():
+            write_whole(prompts_file(training.folder, training.prompts), training.prompts)
+        write_whole(training.folder / SETTINGS, yaml.safe_dump(settings_of(training), allow_unicode=True, sort_keys=False))
     management.unload_all_models()
     management.soft_empty_cache()
-    with Process([SCRIPT, *command], folder / LOG) as job:
-        follow(job, folder)
-    install(folder / MADE, file)
-    return Trained(with_style_file(model, file, 1.0), file, sample_sheets(folder))
+    try:
+        with Process([SCRIPT, "--config", training.folder / SETTINGS], training.folder / LOG) as job:
+            follow(job, training.folder)
+    except ProcessError as error:
+        raise TrainingError(in_node_words(str(error), training.folder / LOG, training.inputs)) from error
+    install(training)
+    return sample_sheets(training.folder)
 
 
-def style_command(facts: Facts, style: str, folder: Path, updates: int, prompts: str) -> list[str]:
-    """The arguments of `training/distill.py` for a style; TrainingError for what has no files to start from."""
-    info = facts.student.info
-    bundled = facts.base == folders.BUNDLED  # whose settings have prompts
-    if facts.guides or facts.changes:
+# ---- what it starts from ----
+
+
+def places(name: str) -> tuple[Path, Path]:
+    """(the file in models/avdm2, the folder in output/AVDM2) of a training of this name.
+
+    StudentFileError for a name that leaves them, TrainingError for one that no file can have.
+    """
+    root = folders.saving_folder(folders.STUDENTS)
+    with _told("Expected a name that a file can have", "choose another name"):
+        name.encode()
+        file = student_path(root, name)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(_unfinished(file))  # whose name is the longest
+    above = next(folder for folder in file.parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        found = "no right to write there" if above.is_dir() else "a file in its place"
+        raise TrainingError(f"Expected a folder at {above} for {file.name}, found {found}; choose another name.")
+    return file, folders.run_folder(file.relative_to(root).with_suffix("").as_posix())
+
+
+def base_of(model: ModelPatcher, motion_module: str) -> Base:
+    """The files of a teacher, or of a student's; a motion module that a person picked takes the place of the MODEL's own.
+
+    TrainingError where they are not known: training, a process of its own, reads files.
+    """
+    facts = facts_of(model)
+    path = facts.base if facts and facts.base else checkpoint_of(facts.image_model if facts else model)
+    if path is None:
         raise TrainingError(
-            "Expected a student without styles to train one for, found some on it; wire the student from AVDM2 Student Loader."
+            "Expected a model whose checkpoint is known, for training reads its file, found one that does not say it; "
+            "wire it from Load Checkpoint, AVDM2 Load Miniature or AVDM2 Teacher Loader."
         )
-    if facts.base is None:
+    frames = stack_frames(path) if path.is_dir() else ANIMATEDIFF_FRAMES
+    if motion_module != folders.AS_WIRED:
+        return Base(path, folders.module_file(motion_module), facts.frames if facts else frames)
+    own = path / "motion_adapter"
+    motion = facts.motion if facts and facts.motion else own if own.is_dir() else None
+    if motion is None:
         raise TrainingError(
-            "Expected a student whose checkpoint is known, found one on a MODEL that does not say its file, which training, a process of "
-            "its own, has to read; load the base by AVDM2 Teacher Loader."
+            "Expected the teacher's motion module, which training needs, found a model without one; choose it as motion_module, or put "
+            "AVDM2 Motion Module before this node."
         )
-    if facts.motion is None:
-        raise TrainingError(
-            "Expected the teacher's motion module, which the style is learnt with, found none; put AVDM2 Teacher Loader or "
-            "AVDM2 Motion Module before AVDM2 Student Loader."
-        )
-    if not bundled and not prompts.strip():
-        raise TrainingError(
-            "Expected prompts to learn the style on, found none; write some as you would for clips, one a line: 50 or more."
-        )
-    if images := folders.image_folders().get(style):
-        source = {"style.images": images}
-    else:
-        source = {"model.score_unet": folders.style_folders().get(style) or folders.model_file(folders.CHECKPOINTS, style)}
+    return Base(path, motion, facts.frames if facts else frames)
+
+
+def changed_weights(model: ModelPatcher) -> bool:
+    """Whether a MODEL has weights that neither its file nor its student's holds: LoRAs, merges, before our nodes or after them."""
+    facts = facts_of(model)
+    student = facts.student if facts else None
+    own = weight_patches(student.tensors, student.info.lora_alpha) if student else {}
+    return sum(map(len, model.patches.values())) > len([key for key in own if "motion_modules" not in key])
+
+
+def sections(base: Base, folder: Path, prompts: str) -> dict[str, dict[str, Any]]:
+    """The settings that every training from a node has."""
     device = management.get_torch_device()
-    settings = source | {
-        "config": CONFIGS / ("style.yaml" if bundled else "style_sd15.yaml"),
-        "run.folder": folder,
-        "run.attached": "true",
-        "run.device": str(device) if device.type in ("cpu", "cuda") else "auto",
-        "model.teacher": facts.base,
-        "model.motion": facts.motion,
-        "model.student": facts.student.name,
-        "student.steps": ",".join(map(str, info.timesteps)),
-        "data.frames": info.frames,
-        "data.height": info.height,
-        "data.width": info.width,
-        "style.name": folder.name,
-        "evaluation.world": "null",  # the node hands on the student, it does not measure it
+    made = {
+        "run": {
+            "folder": str(folder),
+            "attached": True,
+            "device": str(device) if device.type in ("cpu", "cuda") else "auto",
+        },
+        "model": {"teacher": str(base.path), "motion": str(base.motion)},
+        "data": {},
+        "evaluation": {"world": None, "report": False},  # the node hands on the student, it does not measure it
     }
-    if facts.base.is_file():
-        settings["model.tokenizer"] = TOKENIZER
+    if base.path.is_file():
+        made["model"]["tokenizer"] = str(TOKENIZER)
     if prompts.strip():
-        settings["data.prompts"] = prompts_file(folder, prompts)
-    if updates:  # all by what guides the student, as the settings have it; none of them trains a critic
-        settings |= {"warmup.updates": updates, "warmup.critics_from": updates}
-    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+        made["data"]["prompts"] = str(prompts_file(folder, prompts))
+    return made
+
+
+def settings_of(training: Training) -> dict[str, dict[str, Any]]:
+    """All that a training's process is told: its settings with the node's over them, by section."""
+    below = yaml.safe_load(training.config.read_text(encoding="utf-8"))
+    return {key: below.get(key, {}) | dict(training.settings.get(key, {})) for key in {**below, **training.settings}}
 
 
 def prompts_file(folder: Path, prompts: str) -> Path:
     """Where the prompts of a run are written, under a name that other prompts do not have: they make another run."""
-    return folder / f"prompts-{hashlib.sha256(prompts.encode()).hexdigest()[:12]}.txt"
+    try:
+        return folder / f"prompts-{hashlib.sha256(prompts.encode()).hexdigest()[:12]}.txt"
+    except UnicodeEncodeError as error:
+        raise TrainingError(
+            "Expected prompts that are text, found a sign that is none (half a surrogate pair); take it out."
+        ) from error
+
+
+# ---- refused beforehand ----
 
 
 def require_training() -> None:
     """TrainingError where this system or Python lacks what training needs, with the command that mends it."""
     if os.name == "nt":
-        raise TrainingError("Expected Linux or macOS for training, found Windows; train in WSL and load the style file here.")
+        raise TrainingError("Expected Linux or macOS for training, found Windows; train in WSL and load the file here.")
     names = re.findall(r"^\w[\w.-]*", REQUIREMENTS.read_text(encoding="utf-8"), re.MULTILINE)
     missing = [name for name in names if not _installed(name)]
     if missing:
@@ -146,75 +213,109 @@ def _installed(name: str) -> bool:
         return False
 
 
-def require_own(file: Path, folder: Path) -> None:
-    """TrainingError where a file of the style's name is there that this run did not make."""
-    made = folder / MADE
-    if file.exists() and not (made.exists() and made.read_bytes() == file.read_bytes()):
-        raise TrainingError(f"Expected a new name for the style, found {file.name} there already; choose another name.")
+def require_own(training: Training) -> None:
+    """TrainingError where a file of this name is there that this run did not make."""
+    made, file = training.folder / training.made, training.file
+    with _told(f"Expected a file that can be read at {file}", "choose another name"):
+        if file.exists() and not (made.is_file() and filecmp.cmp(made, file, shallow=False)):
+            raise TrainingError(f"Expected a new name, found {file.name} there already; choose another name.")
 
 
-def install(made: Path, file: Path) -> None:
-    """Puts the style's file where the nodes look for it, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+def require_same_inputs(training: Training) -> None:
+    """TrainingError where an earlier training of this name has begun with other inputs; nothing is said where none has."""
+    steps = [
+        int(path.stem[5:]) for path in (training.folder / "checkpoints").glob("step-*.safetensors") if path.stem[5:].isdecimal()
+    ]
+    if not steps:
+        return
+    path = training.folder / "config.yaml"
     try:
-        shutil.copyfile(made, temporary)
+        earlier = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+        had = [int(earlier[key]) for key in _UPDATES]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise TrainingError(
+            f"Expected in {path} the settings of the training that began under this name, found them spoilt; choose another name, or "
+            f"delete {training.folder}."
+        ) from error
+    now = {key: earlier[key] for key in _UPDATES} | _flat(settings_of(training))
+    if (earlier.get("model.train") == "style") != (now.get("model.train") == "style"):
+        was = "style" if earlier.get("model.train") == "style" else "student"
+        raise TrainingError(f"Expected a new name, found one under which a {was} was trained; choose another name.")
+    changes = [
+        f"other {name}" if name in ("prompts", "settings") else f"{name} {_said(now, keys)}, was {_said(earlier, keys)}"
+        for name, keys in training.inputs.items()
+        if [_comparable(key, now.get(key)) for key in keys] != [_comparable(key, earlier.get(key)) for key in keys]
+    ]
+    want = [int(now[key]) for key in _UPDATES]
+    if want[0] != had[0]:
+        changes.append(f"updates {sum(want)}, was {sum(had)}")
+    elif sum(want) < max(steps):
+        raise TrainingError(
+            f"Expected updates of at least {max(steps)}, which this training has done already, found {sum(want)}; raise updates, or "
+            "choose another name."
+        )
+    if changes:
+        raise TrainingError(
+            f"Expected the inputs that the training of this name began with, found {'; '.join(changes)}; set that back to go on with "
+            "it, or choose another name."
+        )
+
+
+_UPDATES = ("warmup.updates", "run.updates")
+_PATHS = ("data.folder", "data.prompts", "model.teacher", "model.motion", "model.student", "model.score_unet", "style.images")
+
+
+def _flat(said: dict[str, dict]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, values in said.items() for key, value in values.items()}
+
+
+def _comparable(key: str, value: Any) -> Any:
+    return os.path.normpath(ROOT / str(value)) if key in _PATHS and value else value
+
+
+def _said(settings: dict[str, Any], keys: tuple[str, ...]) -> str:
+    """How a person knows what is set there: by its file's name."""
+    value = next((settings[key] for key in keys if settings.get(key) is not None), "nothing")
+    return Path(str(value)).name if any(key in _PATHS for key in keys) else str(value)
+
+
+# ---- what it leaves ----
+
+
+def install(training: Training) -> None:
+    """Puts the file that a training made where the nodes look for it, whole or not at all."""
+    file = training.file
+    with _told(f"Expected room and the right to write {file}", "make room and run the same inputs again: the training is kept"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _written_whole(file, lambda temporary: shutil.copyfile(training.folder / training.made, temporary))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a text, whole or not at all. OSError where there is no room or no right."""
+    _written_whole(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _written_whole(file: Path, write: Callable[[Path], Any]) -> None:
+    temporary = _unfinished(file)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, file)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def follow(job: Process, folder: Path) -> None:
-    """Waits for the job, showing its progress, its losses and the clips that it makes; an interrupt is raised as such."""
-    look, bar, said = Look(folder), None, ""
-    before, shown = look.lines, look.sheet
-    while not job.wait(LOOK):
-        management.throw_exception_if_processing_interrupted()
-        look = Look(folder)
-        text = job.last_words()
-        if look.total and look.lines != before:
-            bar = bar or comfy.utils.ProgressBar(look.total)
-            fresh = look.sheet is not None and look.sheet != shown
-            bar.update_absolute(look.lines[-1]["update"], look.total, picture(look.sheet) if fresh else None)
-            shown, text = look.sheet, in_words(look.lines, look.total)
-        if text != said:
-            show_text(text)
-            said = text
+def _unfinished(file: Path) -> Path:
+    return file.with_name(f".{file.name}.{os.getpid()}.tmp")
 
 
-class Look:
-    """What a run's folder says at this moment."""
-
-    def __init__(self, folder: Path):
-        stats, settings = folder / "stats.jsonl", folder / "config.yaml"
-        lines = stats.read_text(encoding="utf-8").splitlines(keepends=True) if stats.exists() else []
-        self.lines = [json.loads(line) for line in lines if line.endswith("\n")]  # the figures of each update
-        said = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else None
-        self.total = said["run"]["updates"] + said["warmup"]["updates"] if said else None  # updates
-        self.sheet = next(reversed(sample_sheets(folder)), None)  # the newest clips
-
-
-def in_words(lines: list[dict], total: int) -> str:
-    """How far a run is, what is left of it and its losses, of the last update."""
-    *_, last = lines
-    done, recent = last["update"], lines[-20:]
-    text = f"update {done} of {total}"
-    if len(recent) > 1 and done < total:
-        pace = (last["seconds"] - recent[0]["seconds"]) / (done - recent[0]["update"])
-        text += f", about {max(1, round(pace * (total - done) / 60))} min to go"
-    losses = [f"{name} {last[name]:.3f}" for name in LOSSES if last.get(name) is not None]
-    return "\n".join([text, *losses])
-
-
-def sample_sheets(folder: Path) -> list[Path]:
-    """The sheets of clips that a run made on its way, in their order."""
-    return sorted((folder / "samples").glob("*.png"))
-
-
-def picture(sheet: Path) -> tuple | None:
-    """A sheet as ComfyUI's preview; None for one that is still being written."""
+@contextlib.contextmanager
+def _told(expected: str, mend: str):
+    """Tells an OSError of the block as a TrainingError."""
     try:
-        with Image.open(sheet) as image:
-            return "PNG", image.convert("RGB"), SHOWN
-    except OSError:
-        return None
+        yield
+    except (OSError, UnicodeError) as error:
+        found = "signs that are no text" if isinstance(error, UnicodeError) else error.strerror or error
+        raise TrainingError(f"{expected}, found: {found}; {mend}.") from error

@@ -1,5 +1,6 @@
 """The nodes, one thin file each."""
 
+from .distillation import Distillation
 from .motion_module import MotionModule
 from .prompt_travel import PromptTravel
 from .save_student import SaveStudent
@@ -15,5 +16,5 @@ from .teacher_sampler import TeacherSampler
 
 NODES = [
     StackLoader, TeacherLoader, MotionModule, StudentLoader, StudentSampler, TeacherSampler, Steps, PromptTravel, SparseControlLoader,
-    StyleTransfer, StyleTraining, SaveStudent,
+    StyleTransfer, StyleTraining, Distillation, SaveStudent,
 ]  # fmt: skip

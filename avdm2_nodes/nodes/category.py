@@ -2,6 +2,8 @@
 
 from comfy_api.latest import io
 
+from ..comfy_bridge import folders
+
 CATEGORY = "AVDM2"
 
 
@@ -37,4 +39,15 @@ def latent_input():
         "latent",
         tooltip="Empty Latent Image with batch_size as the number of frames; or frames from VAE Encode, for video to video with denoise "
         "below 1.",
+    )
+
+
+def motion_module_input():
+    return io.Combo.Input(
+        "motion_module",
+        options=folders.training_modules(),
+        default=folders.AS_WIRED,
+        optional=True,
+        tooltip="The teacher's motion module, where the model that is wired does not bring it: a student straight on Load Checkpoint, or "
+        "a model without motion.",
     )

@@ -1,7 +1,7 @@
 from comfy_api.latest import io
 
 from ..comfy_bridge import folders
-from .category import CATEGORY
+from .category import CATEGORY, motion_module_input
 
 
 class StyleTraining(io.ComfyNode):
@@ -45,16 +45,16 @@ class StyleTraining(io.ComfyNode):
                     tooltip="What it learns the style on: prompts as for clips, one a line, 50 or more. A student of the miniature has "
                     "its own and needs none.",
                 ),
+                motion_module_input(),
             ],
             outputs=[io.Model.Output(display_name="student")],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, student, style, name, updates, prompts="") -> io.NodeOutput:
-        from ..comfy_bridge.progress import show_text, shown_files
-        from ..comfy_bridge.training import train_style
+    def execute(cls, student, style, name, updates, prompts="", motion_module=folders.AS_WIRED) -> io.NodeOutput:
+        from ..comfy_bridge.progress import show_trained
+        from ..comfy_bridge.style_training import train_style
 
-        trained = train_style(student, style, name, updates, prompts)
-        show_text(str(trained.file))
-        return io.NodeOutput(trained.student, ui={"images": shown_files(trained.samples[-1:]), "text": [str(trained.file)]})
+        trained = train_style(student, style, name, updates, prompts, motion_module)
+        return io.NodeOutput(trained.student, ui=show_trained(trained))

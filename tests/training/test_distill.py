@@ -108,6 +108,18 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     assert list(rows) == names and [rows[name].get("evaluations") for name in names] == [None, 4, 2, 2, 2, 2]
 
 
+def test_without_a_report_the_finished_student_s_clips_are_the_last_of_the_samples(finished, settings, work):
+    output, _ = start(settings("unreported", evaluation={"report": False, "world": None}), work).communicate()
+    left = {path.name for path in (work / "unreported").iterdir()}
+    assert "student.safetensors" in left, output
+    assert not left & {"report.json", "report.md", "clips.png", "clips.webp"}
+    assert sorted(path.name for path in (work / "unreported" / "samples").iterdir()) == [
+        "update-000002.png",
+        "update-000004.png",
+    ]
+    assert_same_student(work / "unreported", finished)
+
+
 def test_the_student_file_holds_the_averaged_weights(finished, stack):
     student = read_student(finished / "student.safetensors")
     _, state = Checkpoints(finished / "checkpoints", 3).latest()

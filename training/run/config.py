@@ -175,6 +175,9 @@ class EvaluationConfig(Section):
     clips: int = Field(128, ge=6, description="clips per row of the report, where there is an oracle")
     teacher_steps: int = Field(25, ge=1, le=1000, description="steps of the teacher it is compared with")
     teacher_guidance: float = Field(3.0, ge=0, description="CFG scale of that teacher")
+    report: bool = Field(
+        True, description="show the student beside its teacher at the end; false: its own clips alone, among the samples"
+    )
 
 
 class DistillConfig(BaseSettings):
@@ -260,6 +263,7 @@ RESUMABLE_CHANGES = frozenset(
         "run.folder", "run.updates", "run.accumulate", "run.sample_every", "run.save_every", "run.keep", "run.threads", "run.device",
         "data.render", "model.gradient_checkpointing",
         "evaluation.world", "evaluation.clips", "evaluation.teacher_steps", "evaluation.teacher_guidance",
+        "evaluation.report",
     }
 )  # fmt: skip
 

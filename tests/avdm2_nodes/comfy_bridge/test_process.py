@@ -54,6 +54,24 @@ def test_a_job_that_fails_without_a_word_is_told_so(script, tmp_path):
         wait_until(lambda: job.wait(0.05))
 
 
+def test_a_job_that_is_killed_is_told_so_and_not_by_its_progress_bar(script, tmp_path):
+    code = "import os, signal, sys; sys.stderr.write('training: 50%'); sys.stderr.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    with (
+        pytest.raises(ProcessError, match=r"^Expected script\.py to end by itself, found it killed by SIGKILL"),
+        Process(script(code), tmp_path / "log") as job,
+    ):
+        wait_until(lambda: job.wait(0.05))
+
+
+def test_a_log_that_cannot_be_written_is_one_sentence(script, tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ProcessError, match=r"^Expected to start script\.py with its log at .*log, found: (File|Not a dir)"),
+        Process(script("print('one')"), tmp_path / "file" / "log"),
+    ):
+        pass
+
+
 def test_of_a_progress_bar_the_newest_state_is_told(script, tmp_path):
     code = r"import sys; sys.stderr.write('\rtraining: 10%\rtraining: 50%\r\n\n')"
     with Process(script(code), tmp_path / "log") as job:

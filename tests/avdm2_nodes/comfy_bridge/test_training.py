@@ -1,15 +1,13 @@
-"""What surrounds the training of a style in ComfyUI: the command, what is refused before it, and what its folder says meanwhile."""
+"""What surrounds a training in ComfyUI: what is refused before it starts, and what is written, whole or not at all."""
 
-import json
-from dataclasses import replace
+import contextlib
+import resource
 from pathlib import Path
 
 import pytest
-from PIL import Image
+import yaml
 
-from training.run.command_line import load_config
-
-STYLE, PROMPTS = "other of tiny", "a red circle\na blue square\n"
+PROMPTS = "a red circle\na blue square\n"
 
 
 @pytest.fixture
@@ -18,90 +16,71 @@ def room(comfyui):
 
 
 @pytest.fixture
-def pictures(comfyui):
-    """A folder of pictures and one without, in ComfyUI's input folder."""
-    for name in ("paintings", "notes"):
-        (comfyui.base / "input" / name).mkdir(exist_ok=True)
-    Image.new("RGB", (8, 8)).save(comfyui.base / "input" / "paintings" / "one.PNG")
-    return comfyui.base / "input" / "paintings"
+def training(room, tmp_path):
+    """training(section={...}, prompts=...): one of a style named `ink`, its settings over a few of a file's."""
+    config = tmp_path / "config.yaml"
+    config.write_text("run: {updates: 0, batch: 8}\nwarmup: {updates: 40}\nmodel: {train: style}\n")
 
-
-@pytest.fixture
-def command(comfyui, room, student, tmp_path):
-    """command(...): the arguments of the training, for the student of all weights."""
-
-    def make(style=STYLE, folder=tmp_path, updates=7, prompts=PROMPTS, student=student, **changes):
-        facts = comfyui.pack("comfy_bridge.facts").student_facts(student)
-        return room.style_command(replace(facts, **changes), style, folder, updates, prompts)
+    def make(prompts="", **settings):
+        file, folder = tmp_path / "models" / "ink.safetensors", tmp_path / "runs" / "ink"
+        inputs = {"style": ("model.score_unet", "style.images"), "prompts": ("data.prompts",), "student": ("model.student",)}
+        return room.Training("style.safetensors", file, folder, config, settings, inputs, prompts)
 
     return make
 
 
-def settings(arguments):
-    return {key.removeprefix("--"): value for key, value in zip(arguments[::2], arguments[1::2], strict=True)}
+def begun(training, step: int, **settings) -> None:
+    """Leaves what a training leaves that has done so many updates: its settings and a checkpoint."""
+    (training.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (training.folder / "checkpoints" / f"step-{step:08d}.safetensors").touch()
+    sections = {"run": {"updates": 0}, "warmup": {"updates": 40}, "model": {"train": "style"}} | settings
+    (training.folder / "config.yaml").write_text(yaml.safe_dump(sections))
 
 
-# ---- the command ----
+def refusal(act, *arguments, error=RuntimeError) -> str:
+    with pytest.raises(error) as caught:
+        act(*arguments)
+    text = str(caught.value)
+    assert text.startswith("Expected ") and "\n" not in text and "--" not in text
+    return text
 
 
-def test_the_command_names_what_the_nodes_have_loaded(command, model_folders, tmp_path):
-    said = settings(command(folder=tmp_path / "mine"))
-    tiny = model_folders / "diffusers" / "tiny"
-    assert said["model.teacher"] == str(tiny) and said["model.motion"] == str(tiny / "motion_adapter")
-    assert said["model.student"] == str(model_folders / "avdm2" / "all.safetensors")
-    assert said["model.score_unet"] == str(tiny / "styles" / "other") and "style.images" not in said
-    assert said["run.folder"] == str(tmp_path / "mine") and said["style.name"] == "mine"
-    assert (said["run.attached"], said["run.device"], said["warmup.updates"]) == ("true", "cpu", "7")
-    assert said["student.steps"] == "999,800,600,300", "the student's own, as are frames and size"
-    assert (said["data.frames"], said["data.height"], said["data.width"]) == ("4", "32", "64")
-    assert Path(said["data.prompts"]).parent == tmp_path / "mine"
+@contextlib.contextmanager
+def full_disk():
+    """Files may grow to 4 KiB: stands for a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_its_settings_are_ones_that_the_command_has(command, model_folders, pictures, tmp_path):
-    for style in (STYLE, "images in input/paintings"):
-        config = load_config(command(style, tmp_path / "mine"))
-        assert config.model.train == "style" and config.run.attached
-        assert config.warmup.updates == 7 and config.run.updates == 0
-        assert (config.style.images, config.model.score_unet is None) == ((None, False) if style == STYLE else (pictures, True))
+# ---- names ----
 
 
-def test_other_prompts_make_another_run_and_0_updates_are_the_settings_own(command):
-    one, other = (settings(command(updates=0, prompts=prompts)) for prompts in (PROMPTS, PROMPTS + "more"))
-    assert one["data.prompts"] != other["data.prompts"] and "warmup.updates" not in one
+def test_a_name_says_where_the_file_and_the_folder_are(comfyui, room):
+    file, folder = room.places("mine/v1.5 ink")
+    assert file == comfyui.base / "models" / "avdm2" / "mine" / "v1.5 ink.safetensors"
+    assert folder == comfyui.base / "output" / "AVDM2" / "mine" / "v1.5 ink"
+    assert not file.parent.exists() and not folder.exists()
 
 
-def test_the_bundled_student_needs_no_prompts(command, comfyui, tmp_path):
-    loader = {"checkpoint": "miniature (bundled)", "motion_module": "the checkpoint's own"}
-    teacher, _, _ = comfyui.run("AVDM2TeacherLoader", **loader)
-    (student,) = comfyui.run("AVDM2StudentLoader", student="miniature (bundled)", teacher=teacher)
-    said = settings(command("neon of miniature (bundled)", updates=0, prompts="", student=student))
-    assert "data.prompts" not in said and Path(said["config"]).name == "style.yaml"
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "", r"C:\x", "a\0b"])
+def test_a_name_that_leaves_its_folder_is_refused(room, name):
+    assert "below its folder, found" in refusal(room.places, name, error=ValueError)
+
+
+def test_a_name_that_no_file_can_have_is_refused(room, model_folders):
+    assert "found: File name too long; choose another name." in refusal(room.places, "x" * 240)
+    assert "found: File name too long; choose another name." in refusal(room.places, "x" * 300 + "/y")
+    assert "found: signs that are no text; choose another name." in refusal(room.places, "a\ud800b")
+    (model_folders / "avdm2" / "taken").write_text("a file")
+    assert "found a file in its place; choose another name." in refusal(room.places, "taken/x")
+    (model_folders / "avdm2" / "taken").unlink()
 
 
 # ---- refused before anything starts ----
-
-
-def test_refusals(command, comfyui, loaded, styled, tmp_path):
-    def refused(style=STYLE, **inputs):
-        with pytest.raises(ValueError if style == "gone" else RuntimeError) as caught:
-            command(style, **inputs)
-        return str(caught.value)
-
-    assert "found none; write some" in refused(prompts=" \n")
-    assert "found some on it; wire the student from" in refused(student=styled((STYLE, 1.0)))
-    assert "found some on it; wire the student from" in refused(student=styled((STYLE, 1.0, "transplant")))
-    assert "found one on a MODEL that does not say its file" in refused(base=None)
-    image = comfyui.pack("comfy_bridge.facts").facts_of(loaded.teacher).image_model
-    (alone,) = comfyui.run("AVDM2StudentLoader", student="all.safetensors", teacher=image)
-    assert "found none; put AVDM2 Teacher Loader or AVDM2 Motion Module" in refused(student=alone, base=tmp_path)
-    assert "found no such file" in refused(style="gone")
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_is_no_student_is_refused(comfyui, loaded):
-    inputs = {"student": loaded.teacher, "style": STYLE, "name": "x", "updates": 1, "prompts": PROMPTS}
-    with pytest.raises(ValueError, match=r"Expected a student, found a MODEL without one; put AVDM2 Student Loader before"):
-        comfyui.run("AVDM2StyleTraining", **inputs)
 
 
 def test_missing_packages_are_told_with_the_command_that_installs_them(room, monkeypatch, tmp_path):
@@ -115,58 +94,144 @@ def test_missing_packages_are_told_with_the_command_that_installs_them(room, mon
         room.require_training()
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "", r"C:\x"])
-def test_a_name_that_leaves_its_folder_is_refused(comfyui, student, name):
-    before = set(comfyui.base.rglob("*"))
-    with pytest.raises(ValueError, match=r"below its folder, found"):
-        comfyui.run("AVDM2StyleTraining", student=student, style=STYLE, name=name, updates=1, prompts=PROMPTS)
-    assert set(comfyui.base.rglob("*")) == before
-
-
-def test_a_file_of_something_else_is_not_written_over(comfyui, room, student, model_folders):
-    with pytest.raises(RuntimeError, match=r"Expected a new name for the style, found motion.safetensors there already"):
-        comfyui.run("AVDM2StyleTraining", student=student, style=STYLE, name="motion", updates=1, prompts=PROMPTS)
-
-
-def test_a_file_of_the_same_run_is_replaced_whole(room, tmp_path):
-    made, file = tmp_path / "run" / room.MADE, tmp_path / "models" / "new" / "style.safetensors"
-    made.parent.mkdir()
+def test_a_file_of_the_same_run_is_replaced_whole_and_no_other(room, training):
+    made = training()
+    made.folder.mkdir(parents=True)
     for content in (b"first", b"second"):
-        room.require_own(file, made.parent)
-        made.write_bytes(content)
-        room.install(made, file)
-        assert file.read_bytes() == content and list(file.parent.iterdir()) == [file]
-    file.write_bytes(b"a person's")
-    with pytest.raises(RuntimeError, match="Expected a new name"):
-        room.require_own(file, made.parent)
+        room.require_own(made)
+        (made.folder / made.made).write_bytes(content)
+        room.install(made)
+        assert made.file.read_bytes() == content and list(made.file.parent.iterdir()) == [made.file]
+    made.file.write_bytes(b"a person")
+    assert "Expected a new name, found ink.safetensors there already" in refusal(room.require_own, made)
 
 
-# ---- what the folder says ----
+def test_a_first_training_and_one_stopped_before_its_first_checkpoint_may_have_any_inputs(room, training):
+    made = training(model={"score_unet": "/models/neon"})
+    room.require_same_inputs(made)
+    begun(made, 5, model={"train": "style", "score_unet": "/models/other"})
+    (made.folder / "checkpoints" / "step-00000005.safetensors").unlink()
+    room.require_same_inputs(made)
 
 
-def test_folders_of_pictures_are_offered(comfyui, pictures):
-    files = comfyui.pack("comfy_bridge.folders")
-    assert files.image_folders()["images in input/paintings"] == pictures
-    assert "images in input/notes" not in files.style_sources() and STYLE in files.style_sources()
+def test_the_same_inputs_go_on(room, training):
+    """Paths inside the pack are written relative to it, and mean the same."""
+    made = training(
+        model={"score_unet": str(room.ROOT / "miniature" / "unet"), "student": "/x.safetensors"}, warmup={"updates": 40}
+    )
+    begun(made, 5, model={"train": "style", "score_unet": "miniature/unet", "student": "/x.safetensors"})
+    room.require_same_inputs(made)
 
 
-def test_a_run_is_told_in_words(room):
-    lines = [{"update": i, "seconds": 10.0 * i, "sdm": 0.5, "fake": 0.01 * i} for i in range(1, 11)]
-    assert room.in_words(lines, 40) == "update 10 of 40, about 5 min to go\nsdm 0.500\nfake 0.100"
-    assert room.in_words(lines[:1], 40) == "update 1 of 40\nsdm 0.500\nfake 0.010"
-    assert room.in_words([{"update": 40, "seconds": 1.0, "sdm": None}], 40) == "update 40 of 40"
+def test_other_inputs_are_named_as_the_node_names_them(room, training):
+    made = training(PROMPTS, style={"images": "/input/ink"}, data={"prompts": "/a.txt"}, warmup={"updates": 7})
+    begun(made, 5, model={"train": "style", "score_unet": "/m/neon.safetensors"}, data={"prompts": "/b.txt"})
+    assert (
+        "found style ink, was neon.safetensors; other prompts; updates 7, was 40; set that back to go on with it, or choose "
+        "another name." in refusal(room.require_same_inputs, made)
+    )
+    begun(made, 5, model={"train": "style", "student": 5}, style={"images": "/input/ink"})
+    assert "student nothing, was 5" in refusal(room.require_same_inputs, made), "whatever is there"
+    begun(made, 5, model={"train": "all"})
+    assert "found one under which a student was trained" in refusal(room.require_same_inputs, made)
 
 
-def test_a_look_at_a_folder_takes_whole_lines_only(room, tmp_path):
-    empty = room.Look(tmp_path)
-    assert (empty.lines, empty.total, empty.sheet) == ([], None, None)
-    (tmp_path / "config.yaml").write_text("run: {updates: 30}\nwarmup: {updates: 12}\n")
-    (tmp_path / "stats.jsonl").write_text(json.dumps({"update": 1}) + '\n{"update": 2, "sd')
-    (tmp_path / "samples").mkdir()
-    for step in (50, 100):
-        Image.new("RGB", (9, 9)).save(tmp_path / "samples" / f"update-{step:06d}.png")
-    look = room.Look(tmp_path)
-    assert (look.lines, look.total, look.sheet.name) == ([{"update": 1}], 42, "update-000100.png")
-    assert room.picture(look.sheet)[1].size == (9, 9)
-    look.sheet.write_bytes(look.sheet.read_bytes()[:20])
-    assert room.picture(look.sheet) is None
+def test_more_updates_of_the_same_kind_go_on_and_fewer_than_done_are_refused(room, training):
+    begun(training(), 60, run={"updates": 30})
+    room.require_same_inputs(training(run={"updates": 300}))
+    assert "updates of at least 60, which this training has done already, found 50" in refusal(
+        room.require_same_inputs, training(run={"updates": 10})
+    )
+
+
+@pytest.mark.parametrize("content", ["", "5", "run: 5", "run: {updates: x}", "[", "run: {updates: 3}", "a: " + "[" * 3000])
+def test_spoilt_settings_of_an_earlier_run_are_one_sentence(room, training, content):
+    made = training()
+    begun(made, 5)
+    (made.folder / "config.yaml").write_text(content)
+    assert f"found them spoilt; choose another name, or delete {made.folder}" in refusal(room.require_same_inputs, made)
+
+
+# ---- written whole or not at all ----
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_sentence(room, training):
+    made = training()
+    made.folder.parent.mkdir()
+    made.folder.write_text("a file")
+    assert f"can be made and written at {made.folder}, found: File exists" in refusal(room.train, made)
+
+
+def test_prompts_onto_a_full_disk_leave_nothing(room, training):
+    made = training("a red circle\n" * 1000)
+    with full_disk():
+        assert "found: File too large; make room, or choose another name." in refusal(room.train, made)
+    assert not list(made.folder.iterdir())
+
+
+def test_prompts_of_one_name_are_the_same_prompts(room, tmp_path):
+    one, other = room.prompts_file(tmp_path, PROMPTS), room.prompts_file(tmp_path, PROMPTS + "more")
+    assert one != other and one == room.prompts_file(tmp_path, PROMPTS)
+    assert "found a sign that is none" in refusal(room.prompts_file, tmp_path, "a \ud800 circle")
+
+
+def test_a_full_models_folder_is_named_and_left_as_it_was(room, training):
+    made = training()
+    made.folder.mkdir(parents=True)
+    (made.folder / made.made).write_bytes(b"first")
+    room.install(made)
+    (made.folder / made.made).write_bytes(bytes(2**13))
+    with full_disk():
+        text = refusal(room.install, made)
+    assert f"write {made.file}, found: File too large" in text and "the training is kept" in text
+    assert made.file.read_bytes() == b"first" and list(made.file.parent.iterdir()) == [made.file]
+
+
+# ---- what it starts from ----
+
+
+def test_the_files_of_a_teacher_and_of_a_student(room, loaded, student, model_folders):
+    tiny = model_folders / "diffusers" / "tiny"
+    assert room.base_of(loaded.teacher, "the model's own") == room.Base(tiny, tiny / "motion_adapter", 5)
+    assert room.base_of(student, "the model's own") == room.Base(tiny, tiny / "motion_adapter", 4)
+
+
+def test_a_student_straight_on_a_base_has_its_stack_s_motion_or_the_one_chosen(comfyui, room, model_folders):
+    model, _, _ = comfyui.run("AVDM2StackLoader", stack="tiny")
+    (student,) = comfyui.run("AVDM2StudentLoader", student="all.safetensors", teacher=model)
+    for wired in (model, student):
+        assert room.base_of(wired, "the model's own").motion == model_folders / "diffusers" / "tiny" / "motion_adapter"
+    chosen = model_folders / "animatediff_models" / "chosen.safetensors"
+    chosen.touch()
+    assert room.base_of(student, "chosen.safetensors").motion == chosen
+    chosen.unlink()
+    assert "found no such file" in refusal(room.base_of, student, "chosen.safetensors", error=ValueError)
+
+
+def test_a_model_whose_file_is_not_known_is_refused(comfyui, room, model_folders):
+    model, _, _ = comfyui.run("AVDM2StackLoader", stack="tiny")
+    model.cached_patcher_init = None
+    assert "found one that does not say it; wire it from Load Checkpoint" in refusal(room.base_of, model, "the model's own")
+
+
+def test_weights_that_no_file_holds_are_noticed(comfyui, room, loaded, load_student):
+    assert not room.changed_weights(loaded.teacher)
+    for model in (loaded.teacher, *map(load_student, ("all", "motion", "motion+lora"))):
+        assert not room.changed_weights(model)
+        key, weight = next(
+            (f"diffusion_model.{name}", p) for name, p in model.model.diffusion_model.named_parameters() if p.ndim == 2
+        )
+        patched = model.clone()
+        patched.add_patches({key: ("diff", (weight.detach().clone(),))}, 0.5)
+        assert room.changed_weights(patched) and not room.changed_weights(model)
+
+
+def test_the_settings_are_a_file_s_with_the_node_s_over_them(room, training):
+    said = room.settings_of(training(run={"updates": 3}, data={"frames": 4}))
+    assert said == {
+        "run": {"updates": 3, "batch": 8},
+        "warmup": {"updates": 40},
+        "model": {"train": "style"},
+        "data": {"frames": 4},
+    }
+    assert Path(room.SCRIPT).is_file()
