@@ -95,9 +95,9 @@ def test_arrows_go_down_only(file):
     below = {
         "": {"nodes"},
         "nodes": {"comfy_bridge"},
-        "comfy_bridge": {"files", "diffusion"},
-        "files": {"diffusion"},
-        "diffusion": set(),
+        "comfy_bridge": {"files", "diffusion", "errors"},
+        "files": {"diffusion", "errors"},
+        "diffusion": {"errors"},
     }
     assert rooms_read(file) <= below[room_of(file)]
 

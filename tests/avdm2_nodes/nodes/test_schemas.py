@@ -9,7 +9,8 @@ import pytest
 
 FILES = "COMBO"  # whose choices are the files that are there
 TEACHER = STUDENT = "MODEL"
-CLIPS = ("clips", "INT", {"default": 1, "min": 1, "max": 64})
+CLIPS = ("clips", "INT", {"default": 1, "min": 1, "max": 64, "advanced": True})
+MODULE = ("motion_module", FILES, {})
 SEED = ("seed", "INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True})
 DENOISE = ("denoise", "FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01})
 
@@ -94,9 +95,28 @@ NODES = {
             ("name", "STRING", {"default": "my style"}),
             ("updates", "INT", {"default": 0, "min": 0, "max": 100000}),
             ("prompts", "STRING", {"default": ""}),
+            MODULE,
         ],
         4,
         [("student", STUDENT)],
+    ),
+    "AVDM2Distillation": (
+        [
+            ("teacher", TEACHER, {}),
+            ("videos", FILES, {}),
+            ("name", "STRING", {"default": "my student"}),
+            ("updates", "INT", {"default": 0, "min": 0, "max": 100000}),
+            ("settings", FILES, {}),
+            ("prompts", "STRING", {"default": ""}),
+            MODULE,
+        ],
+        5,
+        [("student", STUDENT)],
+    ),
+    "AVDM2SparseControlLoader": (
+        [("control_net", FILES, {}), ("frames", "STRING", {"default": "0"})],
+        2,
+        [("control_net", "CONTROL_NET")],
     ),
     "AVDM2SaveStudent": (
         [
@@ -138,7 +158,7 @@ def test_inputs_and_outputs_are_pinned(ours, node_id):
             texts = {"tooltip", "multiline", "options", "multiselect", "display_name"}
             assert {key: value for key, value in found_options.items() if key not in texts} == options, name
     assert list(zip(node.RETURN_NAMES or (), node.RETURN_TYPES, strict=True)) == outputs
-    assert (node_id in ("AVDM2SaveStudent", "AVDM2StyleTraining")) == node.OUTPUT_NODE
+    assert (node_id in ("AVDM2SaveStudent", "AVDM2StyleTraining", "AVDM2Distillation")) == node.OUTPUT_NODE
 
 
 @pytest.mark.parametrize("node_id", NODES)
