@@ -7,8 +7,9 @@ import pytest
 
 
 @pytest.fixture
-def running(comfyui, monkeypatch):
+def running(comfyui, comfyui_dir, monkeypatch):
     """running(graph, node): that prompt is in core's own queue as the running one, and that node is being run."""
+    monkeypatch.syspath_prepend(str(comfyui_dir))  # 0.8 has put comfy/, which has a `utils` too, before it
     server, execution = importlib.import_module("server"), importlib.import_module("execution")
     utils = importlib.import_module("comfy_execution.utils")
     entered = []
