@@ -71,7 +71,7 @@ class VideoFeatures(nn.Module):
         self.centres = nn.Linear(self.config.features, FRAMES * 2)
 
     def forward(self, clips: Tensor) -> dict[str, Tensor]:
-        n, frames = clips.shape[0], clips.shape[2]
+        frames = clips.shape[2]
         if clips.shape[1:] != (3, FRAMES, SIDE, SIDE):
             raise ValueError(
                 f"Expected clips of shape (N, 3, {FRAMES}, {SIDE}, {SIDE}), found {tuple(clips.shape)}; "
@@ -81,14 +81,13 @@ class VideoFeatures(nn.Module):
         x = F.silu(self.stem(x - 0.35))
         for space, time in zip(self.space, self.time, strict=True):
             x = time(space(x), frames)
-        x = rearrange(x, "(n f) c h w -> n f c h w", n=n)
+        x = rearrange(x, "(n f) c h w -> n f c h w", f=frames)
         # What is shown is read from pooled maps, where and how it moves from all places of every pair of frames.
         pooled = [x.mean((1, 3, 4)), x.amax((1, 3, 4))]
         pairs = rearrange(x, "n (p two) c h w -> n p two c h w", two=2).mean(2)
-        pairs = self.squeeze(rearrange(pairs, "n p c h w -> (n p) c h w"))
-        features = self.standardise(
-            self.project(torch.cat([rearrange(F.silu(pairs), "(n p) c h w -> n (p c h w)", n=n), *pooled], 1))
-        )
+        pairs = F.silu(self.squeeze(rearrange(pairs, "n p c h w -> (n p) c h w")))
+        pairs = rearrange(pairs, "(n p) c h w -> n (p c h w)", p=frames // 2)
+        features = self.standardise(self.project(torch.cat([pairs, *pooled], 1)))
         outputs = {name: head(features) for name, head in self.heads.items()}
         outputs["features"] = features
         outputs["velocity"] = self.velocity(features) * _VELOCITY_SCALE
