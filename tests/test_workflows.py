@@ -249,6 +249,7 @@ def test_slots_are_those_of_the_nodes(path):
 def test_widget_values_fit_the_schemas(path):
     kinds = {"COMBO": str, "STRING": str, "INT": int, "FLOAT": (int, float)}
     for node in load(path)["nodes"]:
+        assert node["mode"] == 0, f"{node['type']} is switched off"
         for widget, value in values(node) if node["type"] in NODES else []:
             assert isinstance(value, kinds[widget.type]), f"{widget.name} of {node['type']}: {value!r}"
             if widget.type in ("INT", "FLOAT"):
