@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 
 from avdm2_nodes.diffusion.unets import encoder_features, image_predictor, video_predictor
+from training.method.adapters import LoraLayer
 from training.method.loop import Made
 from training.method.roles import build_roles
 
