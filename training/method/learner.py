@@ -24,7 +24,8 @@ def new_optimiser(kind: str, weights: dict[str, nn.Parameter], lr: float, betas:
     OptimiserError where bitsandbytes is not installed.
     """
     if kind == "adamw":
-        return torch.optim.AdamW(weights.values(), lr=lr, betas=betas, weight_decay=decay)
+        on_gpu = all(weight.is_cuda for weight in weights.values())
+        return torch.optim.AdamW(weights.values(), lr=lr, betas=betas, weight_decay=decay, fused=on_gpu or None)
     try:
         import bitsandbytes.optim
     except ImportError as error:
@@ -85,4 +86,7 @@ class Learner:
         self.steps, self.skipped, self.skipped_in_a_row = state["steps"], state["skipped"], state["skipped_in_a_row"]
         for name, weight in self.weights.items():
             weight.copy_(state["weights"][name])
-        self.optimiser.load_state_dict(state["optimiser"])
+        saved = state["optimiser"]
+        for group, own in zip(saved["param_groups"], self.optimiser.param_groups, strict=True):
+            group |= {key: own[key] for key in ("fused", "foreach") if key in own}  # how it runs is this device's matter
+        self.optimiser.load_state_dict(saved)

@@ -2,15 +2,17 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from tqdm import tqdm
 
-from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise, teacher_x0
+from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise, teacher_x0, to_device
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO, Schedule
 from avdm2_nodes.diffusion.sdm import score_pair, sdm_gradient
 from training.data.latents import LatentClips
@@ -39,6 +41,10 @@ from training.run.randomness import chain_steps, draw_frames, draw_timesteps, sa
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = (
+    2  # parts' turns that the critics' encoder looks at in one batch: it keeps no activations, so that they may be several
+)
+
 
 @dataclass
 class Made:
@@ -49,11 +55,14 @@ class Made:
     real: Tensor  # (B, C, F, h, w), clips of the data with the same captions
     x_t: Tensor  # (B, C, F, h, w), states of the student's chain at t
     t: Tensor  # (B,)
-    next_t: Tensor  # (B,) timesteps that the chain goes on at, 0 at its end
+    next_t: Tensor  # (B,) timesteps that the chain goes on at, 0 at its end; on the CPU
     fake: Tensor  # (B, C, F, h, w), the x0 that it made of x_t, detached
+    seen: dict[int, list[Tensor] | None] = field(default_factory=dict)  # by the critics' turn: what `look` left for its loss
 
     def __getitem__(self, chosen: list[int]) -> "Made":
         """The clips of these places in the batch only."""
+        if len(chosen) == len(self.samples):
+            return self
         tensors = (self.text, self.real, self.x_t, self.t, self.next_t, self.fake)
         return Made([self.samples[i] for i in chosen], *(tensor[chosen] for tensor in tensors))
 
@@ -117,9 +126,9 @@ class Distillation:
         with self.autocast(cache=False):
             x_t, x0 = backward_simulation(self.roles.student, noise, text, config.student.steps, steps, generators)
         # x0 = (x_t - sigma eps) / alpha magnifies an error of eps up to 25 times, and its gradient with it.
-        t = timesteps[steps].to(x0.device)
+        t = to_device(timesteps[steps], self.device)
         alpha, sigma = VIDEO.alpha_sigma(t, x0)
-        next_t = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.long)])[steps].to(x0.device)
+        next_t = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.long)])[steps]
         return Made(samples, text, real, x_t, t, next_t, x0.detach()), scale_gradient(x0, (alpha / sigma).clamp(max=1.0))
 
     def judged_from(self, made: Made, schedule: Schedule) -> Tensor:
@@ -129,8 +138,8 @@ class Distillation:
         at less, each step would have to be a one-step generator (Phased DMD, arXiv 2510.27684).
         """
         if not self.config.student.phased:
-            return torch.zeros_like(made.next_t, device="cpu")
-        return schedule.timestep_of(VIDEO.alphas_cumprod[made.next_t.cpu()])
+            return torch.zeros_like(made.next_t)
+        return schedule.timestep_of(VIDEO.alphas_cumprod[made.next_t])
 
     def judged(self, made: Made, schedule: Schedule, t_max: int) -> list[int]:
         """The places of the clips that a loss judges: those whose lowest timestep to be judged at lies within its range."""
@@ -151,20 +160,18 @@ class Distillation:
     def diffuse(self, made: Made, clips: Tensor, generators) -> tuple[Tensor, Tensor]:
         """(x_t, t): clips diffused to random timesteps of ADM's range."""
         config = self.config.adm
-        t = draw_timesteps(generators, self.judged_from(made, VIDEO).clamp(min=config.t_min), config.t_max).to(self.device)
+        t = draw_timesteps(generators, self.judged_from(made, VIDEO).clamp(min=config.t_min), config.t_max)
+        t = to_device(t, self.device)
         return VIDEO.diffuse(clips, draw_noise(clips.shape, generators, self.device), t), t
-
-    def logits(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        with self.autocast():
-            return self.heads(self.roles.encoder(x_t, t, text))
 
     def guidance(self, made: Made, clips: Tensor) -> Tensor:
         """The loss that teaches the student what its guide, with CFG, makes of its states, on the way to the next step."""
         warmup = self.config.warmup
         with self.autocast():
             guided_x0 = teacher_x0(
-                self.roles.guide, made.x_t, made.t, made.next_t, made.text, self.empty_text, warmup.guidance, warmup.substeps
-            )
+                self.roles.guide, made.x_t, made.t, to_device(made.next_t, self.device), made.text, self.empty_text,
+                warmup.guidance, warmup.substeps,
+            )  # fmt: skip
         return guidance_loss(clips, guided_x0)
 
     def sdm(self, made: Made, clips: Tensor) -> Tensor:
@@ -183,13 +190,17 @@ class Distillation:
         return share * sdm_loss(frames, sdm_gradient(frames.detach(), fake_x0, real_x0))
 
     def adm(self, made: Made, clips: Tensor) -> Tensor:
-        """The student's ADM loss, likewise; the gradient flows through the frozen encoder."""
+        """The student's ADM loss, likewise; the gradient flows through the frozen encoder, and through the heads as they stand."""
         judged = self.judged(made, VIDEO, self.config.adm.t_max)
         if not judged:
             return 0 * clips.sum()
         share, made, clips = len(judged) / len(clips), made[judged], clips[judged]
         generators = sample_generators(made.samples, self.config.run.seed, "adm")
-        return share * adm_student_loss(self.logits(*self.diffuse(made, clips, generators), made.text))
+        x_t, t = self.diffuse(made, clips, generators)
+        standing = {name: weight.detach() for name, weight in self.heads.named_parameters()}
+        with self.autocast():
+            logits = functional_call(self.heads, standing, (self.roles.encoder(x_t, t, made.text),))
+        return share * adm_student_loss(logits)
 
     def fake_loss(self, made: Made, turn: int) -> Tensor:
         """The fake score's denoising loss on frames of the student's clips, at the noise that SDM asks it about."""
@@ -204,20 +215,52 @@ class Distillation:
 
     def critic_loss(self, made: Made, turn: int) -> Tensor:
         """The discriminator's loss; real and student clips have the same captions, and noise and t of their own."""
-        config, seed, judged = self.config.adm, self.config.run.seed, self.judged(made, VIDEO, self.config.adm.t_max)
-        if not judged:
+        config = self.config.adm
+        if turn not in made.seen:
+            self.look([(made, turn)])
+        features = made.seen.pop(turn)
+        if features is None:
             return torch.zeros((), device=self.device)
-        share, made = len(judged) / len(made.t), made[judged]
-        fake = sample_generators(made.samples, seed, "critic fake", turn)
-        real = sample_generators(made.samples, seed, "critic real", turn)
-        fake_logits = self.logits(*self.diffuse(made, made.fake, fake), made.text)
-        x_t, t = self.diffuse(made, made.real, real)
-        real_logits = self.logits(x_t, t, made.text)
+        with self.autocast():
+            fake_logits, real_logits, *near_logits = self.heads(features).chunk(2 + (config.r1_weight > 0))
         loss = adm_discriminator_loss(fake_logits, real_logits)
+        if near_logits:
+            loss = loss + config.r1_weight * approximate_r1(real_logits, near_logits[0], config.r1_sigma)
+        return len(fake_logits) / len(made.t) * loss
+
+    @torch.no_grad()
+    def look(self, asked: Iterable[tuple[Made, int]]) -> None:
+        """The frozen encoder's features of all that the heads will judge of some parts at some turns, by one evaluation.
+
+        Left in each part's `seen`: those of its judged clips, as the student made them, then the real ones, then for R1 the real ones
+        again, perturbed; None where no clip is judged.
+        """
+        inputs, owners = [], []
+        for made, turn in asked:
+            made.seen[turn] = None
+            if judged := self.judged(made, VIDEO, self.config.adm.t_max):
+                inputs.append(self.critic_inputs(made[judged], turn))
+                owners.append((made, turn))
+        if not inputs:
+            return
+        x_t, t, text = (torch.cat(tensors) for tensors in zip(*inputs, strict=True))
+        with self.autocast():
+            features = self.roles.encoder(x_t, t, text)
+        sizes = [len(x_t) for x_t, _, _ in inputs]
+        for (made, turn), *own in zip(owners, *(feature.split(sizes) for feature in features), strict=True):
+            made.seen[turn] = own
+
+    def critic_inputs(self, made: Made, turn: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_t, t, text) of what the heads judge of clips, each kind of clip after the other."""
+        config, seed, kinds = self.config.adm, self.config.run.seed, []
+        fake, real = (sample_generators(made.samples, seed, kind, turn) for kind in ("critic fake", "critic real"))
+        kinds.append(self.diffuse(made, made.fake, fake))
+        x_t, t = self.diffuse(made, made.real, real)
+        kinds.append((x_t, t))
         if config.r1_weight > 0:
-            near = x_t + config.r1_sigma * draw_noise(x_t.shape, real, self.device)
-            loss = loss + config.r1_weight * approximate_r1(real_logits, self.logits(near, t, made.text), config.r1_sigma)
-        return share * loss
+            kinds.append((x_t + config.r1_sigma * draw_noise(x_t.shape, real, self.device), t))
+        x_t, t = (torch.cat(tensors) for tensors in zip(*kinds, strict=True))
+        return x_t, t, made.text.repeat(len(kinds), 1, 1)
 
     def student_losses(self, step: int, made: Made, clips: Tensor) -> dict[str, Tensor]:
         """The student's weighted losses at a step: of guidance in the warm-up, then of distribution matching."""
@@ -267,7 +310,6 @@ class Distillation:
         if trains_student:
             figures, norm = self.student.step(terms, self.student_lr(step))
             figures["student_norm"] = norm
-            self.critic.optimiser.zero_grad(set_to_none=True)  # the student's loss left gradients in the heads
             self.ema.update()
         if not phase_of(config, step).critics:
             return figures
@@ -275,9 +317,17 @@ class Distillation:
             for turn in range(config.sdm.updates_per_student):
                 figures |= self._critic_update(self.fake, "fake", self.fake_loss, made_parts, turn)
         if config.adm.weight > 0:
+            asked = [(made, turn) for turn in range(config.adm.updates_per_student) for made in made_parts]
             for turn in range(config.adm.updates_per_student):
-                figures |= self._critic_update(self.critic, "critic", self.critic_loss, made_parts, turn)
+                figures |= self._critic_update(self.critic, "critic", partial(self._seen_loss, asked), made_parts, turn)
         return figures
+
+    def _seen_loss(self, asked: list[tuple[Made, int]], made: Made, turn: int) -> Tensor:
+        """`critic_loss`, the encoder looking at `_AT_ONCE` parts at a time of those that are asked for and not seen yet."""
+        if turn not in made.seen:
+            self.look(asked[:_AT_ONCE])
+            del asked[:_AT_ONCE]
+        return self.critic_loss(made, turn)
 
     def _critic_update(self, learner: Learner, name: str, loss_of: Callable, parts: list[Made], turn: int) -> dict[str, float]:
         terms: dict[str, Tensor] = {}

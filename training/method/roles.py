@@ -1,7 +1,7 @@
 """The networks of a distillation as the losses see them: functions, not modules.
 
-One constructor decides what stands behind them: separate copies of the weights, or adapters (LoRA, arXiv 2106.09685, by peft) on one
-frozen base. The numbers are the same; the memory is not.
+One constructor decides what stands behind them: separate copies of the weights, or adapters (LoRA, arXiv 2106.09685) on one frozen
+base. The numbers are the same; the memory is not.
 """
 
 import copy
@@ -21,6 +21,7 @@ from avdm2_nodes.diffusion.unets import (
     video_predictor,
     video_unet,
     with_own_motion,
+    without_waste,
 )
 from avdm2_nodes.files.architecture import unet_config
 from avdm2_nodes.files.stack import Stack, StackError
@@ -140,9 +141,9 @@ def _adapted(
     on_the_base = share_base and score_unet is stack.image_unet
     score_adapters = video_adapters if on_the_base else Adapters()
     if share_base:
-        real = fake = spatial if on_the_base else copy.deepcopy(score_unet)
+        real = fake = spatial if on_the_base else without_waste(copy.deepcopy(score_unet))
     else:
-        real, fake = place(copy.deepcopy(score_unet)), copy.deepcopy(score_unet)
+        real, fake = place(without_waste(copy.deepcopy(score_unet))), without_waste(copy.deepcopy(score_unet))
     fake_weights = score_adapters.add(fake, "fake", lora_rank, seed)
 
     adapter = "student" if train == "motion+lora" else None
@@ -211,7 +212,7 @@ def _restyled(
     if share_base:
         real = fake = share_spatial_layers(teacher, style)
     else:
-        teacher, real, fake = place(teacher), place(copy.deepcopy(style)), copy.deepcopy(style)
+        teacher, real, fake = place(teacher), place(without_waste(copy.deepcopy(style))), without_waste(copy.deepcopy(style))
     fake_weights = score_adapters.add(fake, "fake", lora_rank, seed)
     roles = _with_adapters(
         (teacher, score_adapters), (own, adapters, "student"), (real, score_adapters), fake,
@@ -245,7 +246,7 @@ def begin_with(lora: dict[str, nn.Parameter], change: Mapping[str, Tensor]) -> N
 def _copies(stack: Stack, score_unet: UNet2DConditionModel, gradient_checkpointing: bool, place: Place) -> Roles:
     teacher = place(video_unet(stack.image_unet, stack.motion).requires_grad_(False).eval())
     student = place(video_unet(stack.image_unet, stack.motion).requires_grad_(True).eval())
-    real, fake = (place(copy.deepcopy(score_unet).requires_grad_(trained)) for trained in (False, True))
+    real, fake = (place(without_waste(copy.deepcopy(score_unet)).requires_grad_(trained)) for trained in (False, True))
     if gradient_checkpointing:
         checkpoint_layers([teacher, student, real, fake], [])
     return Roles(
