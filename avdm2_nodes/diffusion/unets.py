@@ -165,6 +165,7 @@ def encoder_features(unet: UNetMotionModel, x_t: Tensor, t: Tensor, text: Tensor
     t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
     emb = repeat(unet.time_embedding(unet.time_proj(t).to(_dtype(unet))), "b d -> (b f) d", f=frames)
     hidden = unet.conv_in(rearrange(x_t, "b c f h w -> (b f) c h w").to(_dtype(unet)))
+    text = text.to(_dtype(unet))
     features = []
     for block in unet.down_blocks:
         if getattr(block, "has_cross_attention", False):

@@ -173,12 +173,12 @@ def test_the_memory_of_a_style_is_planned(stack, student, stack_folder, settings
     config = load_config(["--config", str(settings(model={"share_base": share}))])
     unet, motion = dict(stack.image_unet.config), dict(stack.motion.config)
     inputs = meta_inputs(config, unet, 32)
-    planned = plan_of(config, *meta_roles(config, unet, motion, half), inputs, half)
+    planned = plan_of(config, *meta_roles(config, unet, motion, half), inputs)
     style = load_image_unet(stack_folder / "styles" / "other")
     real = new_roles(config, stack, style, student, half)
     widths = unet["block_out_channels"]
     given = Inputs(torch.randn(inputs.x.shape), torch.randn(inputs.text.shape))
-    found = plan_of(config, real, DiscriminatorHeads([*widths[-3:-1], widths[-1]]), given, half)
+    found = plan_of(config, real, DiscriminatorHeads([*widths[-3:-1], widths[-1]]), given)
     assert planned.standing == found.standing
     for name, size in planned.turns.items():
         assert found.turns[name] == pytest.approx(size, rel=0.1), name

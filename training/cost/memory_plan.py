@@ -1,8 +1,8 @@
 """How much memory a run's update takes, tensor by tensor, before any of it is allocated: counted on the meta device.
 
 Weights, optimiser states and the averaged weights follow from the roles. Gradients and activations are those that stand at once in a
-turn of the student, of the fake score and of the heads, for one clip, by the roles' own functions and checkpointing, in the arithmetic
-of a GPU: products in bf16, normalisations in float32, attention without a matrix of queries by keys.
+turn of the student, of the fake score and of the heads, for the clips of one part, by the roles' own functions and checkpointing, with
+a GPU's attention, which keeps no matrix of queries by keys.
 """
 
 import weakref
@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from training.cost.operations import SD15, V3, Inputs, as_on_a_gpu, meta_inputs, meta_roles
-from training.method.discriminator import DiscriminatorHeads
+from training.method.discriminator import DiscriminatorHeads, judge_as_they_stand
+from training.method.loop import AT_ONCE
+from training.method.masters import gather
 from training.method.roles import Roles
 from training.run.config import DistillConfig
 
@@ -54,9 +56,9 @@ class PeakBytes(TorchDispatchMode):
         self.live -= size
 
 
-def peak_bytes(function: Callable[[], object], half: bool) -> int:
-    """Bytes that `function` adds at most, in bf16 products if `half`."""
-    with as_on_a_gpu(half), PeakBytes() as peak:
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Bytes that `function` adds at most."""
+    with as_on_a_gpu(), PeakBytes() as peak:
         function()
     return peak.peak
 
@@ -87,60 +89,70 @@ def memory_plan(config: DistillConfig, unet: dict = SD15, motion: dict = V3) -> 
     """The plan of a run's settings for networks of these configurations, by default SD1.5 with AnimateDiff's v3."""
     half = config.run.precision != "float32"
     roles, heads = meta_roles(config, unet, motion, half)
-    return plan_of(config, roles, heads, meta_inputs(config, unet), half)
+    return plan_of(config, roles, heads, meta_inputs(config, unet))
 
 
-def plan_of(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, inputs: Inputs, half: bool) -> Plan:
+def plan_of(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, inputs: Inputs) -> Plan:
     """The plan for roles and heads, wherever these and the inputs are."""
     student, fake, judges = ([*w] for w in (roles.student_weights.values(), roles.fake_weights.values(), heads.parameters()))
-    trained = {id(weight) for weight in (*student, *fake, *judges)}
+    copies = [[*(weights or {}).values()] for weights in (roles.student_copies, roles.fake_copies)]
+    trained = {id(weight) for weight in (*student, *fake, *judges, *copies[0], *copies[1])}
     frozen = [p for module in roles.modules for p in _tensors(module) if id(p) not in trained]
     state = STATE_BYTES[config.run.optimiser]
     standing = {
         "frozen weights": bytes_of(frozen),
-        "student's weights": bytes_of(student),
-        "fake score's weights": bytes_of(fake),
+        "student's weights": bytes_of(student + copies[0]),
+        "fake score's weights": bytes_of(fake + copies[1]),
         "heads": bytes_of(judges),
         "student's optimiser": state * sum(w.numel() for w in student),
         "fake score's optimiser": state * sum(w.numel() for w in fake),
         "heads' optimiser": state * sum(w.numel() for w in judges),
         "averaged weights": bytes_of(student),
     }
-    turns = {name: peak_bytes(turn, half) for name, turn in _turns(config, roles, heads, inputs).items()}
-    for weight in (*student, *fake, *judges):
-        weight.grad = None
+    turns = {name: peak_bytes(turn) for name, turn in _turns(config, roles, heads, inputs).items()}
+    _forget((*student, *fake, *judges))
     return Plan(standing, {f"turn of the {name}: gradients and activations": size for name, size in turns.items()})
 
 
 def _turns(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, inputs: Inputs) -> dict[str, Callable]:
+    """Each learner's turn; where a batch is cut into parts two of them, for the gradients of the first stand while the second is made."""
     x, t, text, frames = inputs.x, inputs.t, inputs.text, config.sdm.frames
+    parts, kinds = config.run.accumulate, 2 + (config.adm.r1_weight > 0)
+    judged = min(AT_ONCE, parts * config.adm.updates_per_student)
 
     def student() -> None:
         x0 = x - roles.student(x, t, text)
-        loss = F.softplus(-heads(roles.encoder(x0, t, text))).mean() if config.adm.weight > 0 else 0
+        loss = F.softplus(-judge_as_they_stand(heads, roles.encoder(x0, t, text))).mean() if config.adm.weight > 0 else 0
         with torch.no_grad():
             y, times, words = inputs.frames(frames)
             both = [torch.cat([tensor, tensor]) for tensor in (y, times, words)]
             target = x - x  # what SDM's gradient takes
             roles.fake_score(y, times, words), roles.real_score(*both)
         (loss + F.mse_loss(x0, target)).backward()
-        for weight in heads.parameters():
-            weight.grad = None
+        gather(roles.student_weights, roles.student_copies)
 
     def fake() -> None:
-        for weight in roles.student_weights.values():
-            weight.grad = None
+        _forget(roles.student_weights.values())
         y, times, words = inputs.frames(frames)
         F.mse_loss(roles.fake_score(y, times, words), y).backward()
+        gather(roles.fake_weights, roles.fake_copies)
 
     def judge() -> None:
-        for weight in roles.fake_weights.values():
-            weight.grad = None
-        judgements = 2 + (config.adm.r1_weight > 0)
-        loss = sum(F.softplus(heads(roles.encoder(x, t, text))).mean() for _ in range(judgements))
-        loss.backward()
+        _forget(roles.fake_weights.values())
+        with torch.no_grad():
+            features = roles.encoder(*(torch.cat([tensor] * judged * kinds) for tensor in (x, t, text)))
+        for part in zip(*(feature.chunk(judged) for feature in features), strict=True):
+            F.softplus(heads(part)).mean().backward()
 
-    return {"student": student, "fake score": fake, "heads": judge}
+    def in_parts(turn: Callable) -> Callable:
+        return lambda: [turn() for _ in range(min(parts, 2))]
+
+    return {"student": in_parts(student), "fake score": in_parts(fake), "heads": judge}
+
+
+def _forget(weights: Iterable[nn.Parameter]) -> None:
+    for weight in weights:
+        weight.grad = None
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

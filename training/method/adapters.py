@@ -44,7 +44,7 @@ class LoraLayer(nn.Module):
         if name not in self.lora_A:
             return base(x)
         tensors = x, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
         return (

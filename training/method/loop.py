@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from tqdm import tqdm
 
 from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise, teacher_x0, to_device
@@ -17,7 +16,7 @@ from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO, Schedule
 from avdm2_nodes.diffusion.sdm import score_pair, sdm_gradient
 from training.data.latents import LatentClips
 from training.data.order import indices, rank_places
-from training.method.discriminator import DiscriminatorHeads
+from training.method.discriminator import DiscriminatorHeads, judge_as_they_stand
 from training.method.ema import EMA
 from training.method.learner import Learner, new_optimiser
 from training.method.losses import (
@@ -29,21 +28,20 @@ from training.method.losses import (
     scale_gradient,
     sdm_loss,
 )
+from training.method.masters import Weights
 from training.method.roles import Roles
 from training.run.checkpoint import Checkpoints
 from training.run.config import DistillConfig
 from training.run.folder import RunFolder, RunFolderError
 from training.run.meter import Meter
 from training.run.parent import Stop, StoppedError, never
-from training.run.precision import autocast, uses_bf16
+from training.run.precision import uses_bf16
 from training.run.processes import Processes
 from training.run.randomness import chain_steps, draw_frames, draw_timesteps, sample_generators
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE = (
-    2  # parts' turns that the critics' encoder looks at in one batch: it keeps no activations, so that they may be several
-)
+AT_ONCE = 2  # of its parts that the critics' encoder looks at in one batch: it keeps no activations, so they may be several
 
 
 @dataclass
@@ -98,11 +96,13 @@ class Distillation:
         self.processes = processes or Processes("cpu")
         student, sdm, adm, kind = config.student, config.sdm, config.adm, config.run.optimiser
 
-        def learner(name: str, weights: dict, lr: float, betas: tuple, decay: float = 0.0) -> Learner:
-            return Learner(name, weights, new_optimiser(kind, weights, lr, betas, decay), student.clip, self.processes)
+        def learner(name: str, weights: Weights, lr: float, betas: tuple, decay: float = 0.0, copies=None) -> Learner:
+            return Learner(name, weights, new_optimiser(kind, weights, lr, betas, decay), student.clip, self.processes, copies)
 
-        self.student = learner("student", roles.student_weights, student.lr, student.betas, student.weight_decay)
-        self.fake = learner("fake score", roles.fake_weights, sdm.lr, sdm.betas)
+        self.student = learner(
+            "student", roles.student_weights, student.lr, student.betas, student.weight_decay, roles.student_copies
+        )
+        self.fake = learner("fake score", roles.fake_weights, sdm.lr, sdm.betas, copies=roles.fake_copies)
         self.critic = learner("discriminator", dict(heads.named_parameters()), adm.lr, adm.betas)
         self.ema = EMA(roles.student_weights, student.ema)
 
@@ -113,8 +113,10 @@ class Distillation:
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
 
-    def autocast(self, cache: bool = True):
-        return autocast(self.device, self.config.run.precision, cache)
+    def swap(self) -> None:
+        """Exchanges the student's averaged and live weights; called twice it changes nothing."""
+        self.ema.swap()
+        self.student.refresh()
 
     def make_clips(self, real: Tensor, text: Tensor, samples: range) -> tuple[Made, Tensor]:
         """The student's clips, each at a step of its own chain, and the same x0 (B, C, F, h, w) with its gradient."""
@@ -123,8 +125,7 @@ class Distillation:
         steps = chain_steps(samples, len(timesteps), config.run.seed)
         generators = sample_generators(samples, config.run.seed, "student")
         noise = draw_noise(real.shape, generators, self.device)
-        with self.autocast(cache=False):
-            x_t, x0 = backward_simulation(self.roles.student, noise, text, config.student.steps, steps, generators)
+        x_t, x0 = backward_simulation(self.roles.student, noise, text, config.student.steps, steps, generators)
         # x0 = (x_t - sigma eps) / alpha magnifies an error of eps up to 25 times, and its gradient with it.
         t = to_device(timesteps[steps], self.device)
         alpha, sigma = VIDEO.alpha_sigma(t, x0)
@@ -167,11 +168,10 @@ class Distillation:
     def guidance(self, made: Made, clips: Tensor) -> Tensor:
         """The loss that teaches the student what its guide, with CFG, makes of its states, on the way to the next step."""
         warmup = self.config.warmup
-        with self.autocast():
-            guided_x0 = teacher_x0(
-                self.roles.guide, made.x_t, made.t, to_device(made.next_t, self.device), made.text, self.empty_text,
-                warmup.guidance, warmup.substeps,
-            )  # fmt: skip
+        guided_x0 = teacher_x0(
+            self.roles.guide, made.x_t, made.t, to_device(made.next_t, self.device), made.text, self.empty_text,
+            warmup.guidance, warmup.substeps,
+        )  # fmt: skip
         return guidance_loss(clips, guided_x0)
 
     def sdm(self, made: Made, clips: Tensor) -> Tensor:
@@ -183,10 +183,9 @@ class Distillation:
         share, made, clips = len(judged) / len(clips), made[judged], clips[judged]
         generators = sample_generators(made.samples, self.config.run.seed, "sdm")
         frames, noise, t, text = self.draw_frames(made, clips, generators)
-        with self.autocast():
-            fake_x0, real_x0 = score_pair(
-                frames.detach(), noise, t, text, self.empty_text, roles.real_score, roles.fake_score, config.guidance
-            )
+        fake_x0, real_x0 = score_pair(
+            frames.detach(), noise, t, text, self.empty_text, roles.real_score, roles.fake_score, config.guidance
+        )
         return share * sdm_loss(frames, sdm_gradient(frames.detach(), fake_x0, real_x0))
 
     def adm(self, made: Made, clips: Tensor) -> Tensor:
@@ -197,10 +196,7 @@ class Distillation:
         share, made, clips = len(judged) / len(clips), made[judged], clips[judged]
         generators = sample_generators(made.samples, self.config.run.seed, "adm")
         x_t, t = self.diffuse(made, clips, generators)
-        standing = {name: weight.detach() for name, weight in self.heads.named_parameters()}
-        with self.autocast():
-            logits = functional_call(self.heads, standing, (self.roles.encoder(x_t, t, made.text),))
-        return share * adm_student_loss(logits)
+        return share * adm_student_loss(judge_as_they_stand(self.heads, self.roles.encoder(x_t, t, made.text)))
 
     def fake_loss(self, made: Made, turn: int) -> Tensor:
         """The fake score's denoising loss on frames of the student's clips, at the noise that SDM asks it about."""
@@ -210,8 +206,7 @@ class Distillation:
         share, made = len(judged) / len(made.t), made[judged]
         generators = sample_generators(made.samples, self.config.run.seed, "fake", turn)
         frames, noise, t, text = self.draw_frames(made, made.fake, generators)
-        with self.autocast():
-            return share * denoising_loss(self.roles.fake_score(IMAGE.diffuse(frames, noise, t), t, text), noise)
+        return share * denoising_loss(self.roles.fake_score(IMAGE.diffuse(frames, noise, t), t, text), noise)
 
     def critic_loss(self, made: Made, turn: int) -> Tensor:
         """The discriminator's loss; real and student clips have the same captions, and noise and t of their own."""
@@ -221,8 +216,7 @@ class Distillation:
         features = made.seen.pop(turn)
         if features is None:
             return torch.zeros((), device=self.device)
-        with self.autocast():
-            fake_logits, real_logits, *near_logits = self.heads(features).chunk(2 + (config.r1_weight > 0))
+        fake_logits, real_logits, *near_logits = self.heads(features).chunk(2 + (config.r1_weight > 0))
         loss = adm_discriminator_loss(fake_logits, real_logits)
         if near_logits:
             loss = loss + config.r1_weight * approximate_r1(real_logits, near_logits[0], config.r1_sigma)
@@ -244,8 +238,7 @@ class Distillation:
         if not inputs:
             return
         x_t, t, text = (torch.cat(tensors) for tensors in zip(*inputs, strict=True))
-        with self.autocast():
-            features = self.roles.encoder(x_t, t, text)
+        features = self.roles.encoder(x_t, t, text)
         sizes = [len(x_t) for x_t, _, _ in inputs]
         for (made, turn), *own in zip(owners, *(feature.split(sizes) for feature in features), strict=True):
             made.seen[turn] = own
@@ -291,6 +284,7 @@ class Distillation:
         config = self.config
         if step == config.warmup.updates:
             self.ema.settle()
+            self.student.refresh()
         batch = config.run.batch
         places = rank_places(step * batch, batch, self.processes.rank, self.processes.count)
         part = len(places) // config.run.accumulate
@@ -305,7 +299,7 @@ class Distillation:
             made_parts.append(made)
             if trains_student:
                 losses = self.student_losses(step, made, clips)
-                (sum(losses.values()) / config.run.accumulate).backward()
+                self.student.backward(sum(losses.values()) / config.run.accumulate)
                 _add(terms, losses, config.run.accumulate)
         if trains_student:
             figures, norm = self.student.step(terms, self.student_lr(step))
@@ -323,10 +317,10 @@ class Distillation:
         return figures
 
     def _seen_loss(self, asked: list[tuple[Made, int]], made: Made, turn: int) -> Tensor:
-        """`critic_loss`, the encoder looking at `_AT_ONCE` parts at a time of those that are asked for and not seen yet."""
+        """`critic_loss`, the encoder looking at `AT_ONCE` parts at a time of those that are asked for and not seen yet."""
         if turn not in made.seen:
-            self.look(asked[:_AT_ONCE])
-            del asked[:_AT_ONCE]
+            self.look(asked[:AT_ONCE])
+            del asked[:AT_ONCE]
         return self.critic_loss(made, turn)
 
     def _critic_update(self, learner: Learner, name: str, loss_of: Callable, parts: list[Made], turn: int) -> dict[str, float]:
@@ -334,7 +328,7 @@ class Distillation:
         for made in parts:
             loss = loss_of(made, turn)
             if loss.requires_grad:  # else none of the part's clips is judged
-                (loss / len(parts)).backward()
+                learner.backward(loss / len(parts))
             _add(terms, {name: loss}, len(parts))
         figures, norm = learner.step(terms)
         return figures | {f"{name}_norm": norm}
@@ -407,8 +401,8 @@ def train(
                 processes.wait()  # where one of them ends, the launcher ends all
                 raise StoppedError(f"Stopped after update {done} of {total}; the same command goes on from there.")
             if processes.main and done % config.run.sample_every == 0 and done < total:
-                distillation.ema.swap()
+                distillation.swap()
                 show(done)
-                distillation.ema.swap()
-    distillation.ema.swap()
+                distillation.swap()
+    distillation.swap()
     return total

@@ -29,6 +29,7 @@ from avdm2_nodes.files.student import Student
 from avdm2_nodes.files.student_info import StudentFileError
 from avdm2_nodes.files.student_unet import require_base, student_unet
 from training.method.adapters import Adapters, checkpoint_layers
+from training.method.masters import Weights, masters_of
 
 Encoder = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
 Place = Callable[[nn.Module], nn.Module]  # takes a network to where it stays, and gives it back
@@ -44,11 +45,13 @@ class Roles:
     encoder: Encoder
     real_score: Predictor
     fake_score: Predictor
-    student_weights: dict[str, nn.Parameter]
-    fake_weights: dict[str, nn.Parameter]
+    student_weights: Weights
+    fake_weights: Weights
     student_positions: dict[str, Tensor]  # position encodings of the student's motion modules: buffers, never trained
     student_config: dict  # what builds its UNet again
     modules: list[nn.Module] = field(repr=False)  # all that they are made of
+    student_copies: Weights | None = None  # in bf16, what the networks compute with, where the weights above are their masters
+    fake_copies: Weights | None = None
 
 
 def build_roles(
@@ -69,8 +72,8 @@ def build_roles(
     `train`: "all" weights of student and fake score, each a copy; "motion" modules only, or "motion+lora": motion modules and
     LoRA on the spatial layers; with both the fake score is a LoRA on the real score. `share_base` puts those adapters on one copy of
     the spatial weights. The student begins as the teacher, or as a finished `student`; with "style" it is that one, frozen, with
-    LoRA on its spatial layers (see `_restyled`). With `half`, for runs in bf16 autocast, frozen weights are held in bf16. All go to
-    `device`, one network after another, for together they may be more than a computer's memory holds; the stack stays where it is.
+    LoRA on its spatial layers (see `_restyled`). With `half` all networks are in bf16, and what is trained has float32 masters. All
+    go to `device`, one network after another, for together they may be more than a computer's memory holds; the stack stays where it is.
     Raises ValueError for share_base with "all", StackError for a score UNet of other latents or texts, StudentFileError for a
     student of another base or of weights that are not those to be trained.
     """
@@ -101,20 +104,23 @@ def build_roles(
         _begin_as(student, roles, stack, train)
     for network in roles.modules:
         place(network)
-    return roles
+    if not half:
+        return roles
+    for network in roles.modules:
+        for layer in network.modules():
+            layer._buffers |= {name: buffer.bfloat16() for name, buffer in layer._buffers.items() if buffer is not None}
+    student, fake = roles.student_weights, roles.fake_weights
+    return replace(
+        roles, student_weights=masters_of(student), fake_weights=masters_of(fake), student_copies=student, fake_copies=fake
+    )
 
 
 @torch.no_grad()
 def halve(network: nn.Module) -> None:
-    """Puts the frozen weights of products into bf16, in place: the numbers that autocast would make of them at each use.
-
-    Normalisations keep theirs, for autocast leaves those in float32; so do layers of which anything is trained.
-    """
-    for layer in network.modules():
-        own = list(layer.parameters(recurse=False))
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not any(weight.requires_grad for weight in own):
-            for weight in own:
-                weight.data = weight.data.bfloat16()
+    """Puts all frozen weights of a network into bf16, in place."""
+    for weight in network.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.bfloat16()
 
 
 def _adapted(

@@ -30,12 +30,12 @@ def test_the_plan_is_what_is_allocated(stack, make_config, train, share_base, ha
     config = make_config(model=model, data={"frames": 4}, sdm={"guidance": 2.0})
     unet, motion = dict(stack.image_unet.config), dict(stack.motion.config)
     roles, heads = meta_roles(config, unet, motion, half)
-    planned = plan_of(config, roles, heads, meta_inputs(config, unet, TOKENS), half)
+    planned = plan_of(config, roles, heads, meta_inputs(config, unet, TOKENS))
 
     real = new_roles(config, stack, None, half=half)
     real_heads = DiscriminatorHeads([*unet["block_out_channels"][-3:-1], unet["block_out_channels"][-1]])
     inputs = Inputs(torch.randn(1, 4, 4, 8, 8), torch.randn(1, TOKENS, unet["cross_attention_dim"]))
-    found = plan_of(config, real, real_heads, inputs, half)
+    found = plan_of(config, real, real_heads, inputs)
     assert planned.standing == found.standing
     for name, size in planned.turns.items():
         assert found.turns[name] == pytest.approx(size, rel=0.1), name
