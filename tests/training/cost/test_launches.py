@@ -1,7 +1,9 @@
+import pytest
 import torch
 from torch import nn
 
-from training.cost.launches import Launches, casts
+from training.cost.launches import Launches, Noise, casts, count_update, narrow_distillation
+from training.run.config import ROOT, load_config
 
 
 def test_views_and_allocations_launch_nothing():
@@ -23,3 +25,18 @@ def test_what_a_device_has_to_do_is_counted_by_name():
     others = {"_foreach_add_": 1, "clone": 1, "cast to bfloat16": 1, "cast to float32": 2, "cast to float64": 1, "zero_": 1}
     expected = {name: sum(part.get(name, 0) for part in (forward, backward, others)) for name in forward | backward | others}
     assert launches.counts == expected and casts(launches.counts) == 4
+
+
+@pytest.mark.parametrize(("clips", "most"), [(1, 22_000), (4, 6_300)])
+def test_an_update_of_sd15_with_adapters_launches_no_more(clips, most):
+    """Of SDM and ADM; under autocast, with adapters that cast and scale, it were 48,157 launches of one clip, 18,391 of them casts."""
+    settings = {
+        "run.batch": clips, "run.accumulate": 1, "run.precision": "bf16", "run.device": "cpu", "data.frames": 2,
+        "data.height": 64, "data.width": 64, "model.lora_rank": 4,
+    }  # fmt: skip
+    file = ROOT / "training" / "configs" / "sd15_24gb.yaml"
+    config = load_config(
+        ["--config", str(file), *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
+    )
+    counts = count_update(narrow_distillation(config), Noise(2), config.warmup.updates + config.adm.start_update)
+    assert counts.total() / clips <= most and casts(counts) / clips <= 110

@@ -1,9 +1,11 @@
+import copy
 import json
 import math
 from operator import eq
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from avdm2_nodes.diffusion.samplers import predict_x0
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
@@ -68,11 +70,17 @@ def stats(folder):
 
 
 @pytest.mark.parametrize(
-    "model", [{"train": "all"}, {"train": "motion+lora", "share_base": True}], ids=["all", "adapters on a shared base"]
+    ("model", "precision"),
+    [
+        ({"train": "all"}, "float32"),
+        ({"train": "motion+lora", "share_base": True}, "float32"),
+        ({"train": "motion+lora", "share_base": True}, "bf16"),
+    ],
+    ids=["all", "adapters on a shared base", "the same in bf16"],
 )
-def test_a_run_that_was_stopped_and_resumed_ends_bitwise_as_one_that_was_not(go, make_config, tmp_path, model):
+def test_a_run_that_was_stopped_and_resumed_ends_bitwise_as_one_that_was_not(go, make_config, tmp_path, model, precision):
     config = make_config(
-        run={"updates": 3, "save_every": 1, "sample_every": 2},
+        run={"updates": 3, "save_every": 1, "sample_every": 2, "precision": precision},
         model=model,
         student={"steps": [999, 499]},
         warmup={"updates": 2},
@@ -401,15 +409,100 @@ def test_the_gradient_into_x0_is_damped_by_alpha_over_sigma(stack, make_distilla
 
 
 def test_bf16_keeps_the_gradient_of_a_later_step(stack, make_distillation, make_config, random_clips):
-    """Autocast must not hand the weights that it cast without gradient to the step that needs one."""
+    """The copies that the steps without gradient compute with are those that the last one learns by."""
     norms = []
     for precision in ("float32", "bf16"):
         config = make_config(run={"precision": precision}, student={"steps": [999, 499]})
         run = make_distillation(stack, config)
         real, text = random_clips.batch([0, 1])
         made, clips = run.make_clips(real, text, range(2))  # one sample at each of the two steps
-        run.adm(made, clips).backward()
+        run.student.backward(run.adm(made, clips))
         norms.append({name: p.grad.norm().item() for name, p in run.roles.student_weights.items()})
     exact, half = norms
     assert sum(half.values()) == pytest.approx(sum(exact.values()), rel=0.2)
     assert all(half[name] > 0 for name in exact if exact[name] > 1e-3 * max(exact.values()))
+
+
+def test_in_bf16_checkpoints_hold_float32_masters_and_networks_their_copies(go, make_config, tmp_path):
+    """So a run that was begun with float32 networks, or under autocast, goes on."""
+    whole = go(make_config(run={"updates": 1}, student={"steps": [499]}), tmp_path / "float32")
+    _, state = Checkpoints(tmp_path / "float32" / "checkpoints", 3).latest()
+    state.pop("seconds")
+    run = go(make_config(run={"updates": 1, "precision": "bf16"}, student={"steps": [499]}), tmp_path / "bf16")
+    assert flat(run.state_dict()).keys() == flat(state).keys()
+    run.load_state_dict(state)
+    whole.swap()  # training left the averaged weights in it
+    assert differing(whole.state_dict(), run.state_dict()) == []
+    for learner in (run.student, run.fake):
+        assert all(torch.equal(learner.copies[name], weight.bfloat16()) for name, weight in learner.weights.items())
+    run.swap()
+    for name, weight in run.student.copies.items():
+        assert torch.equal(weight, state["ema"]["shadow"][name].bfloat16())
+
+
+# ---- what a GPU is given to do ----
+
+
+@pytest.mark.parametrize(("accumulate", "evaluations"), [(1, 1), (2, 2)])
+def test_what_the_critics_judge_is_encoded_in_one_batch(
+    stack, make_distillation, make_config, random_clips, accumulate, evaluations
+):
+    """Each judgement as if it had been encoded alone: of two turns, or of two parts."""
+    updates = {"updates_per_student": 2}
+    config = make_config(run={"accumulate": accumulate}, adm=updates | {"r1_weight": 0.1}, student={"steps": [499]})
+    run, batches, losses = make_distillation(stack, config), [], {}
+    encoder = run.roles.encoder
+
+    def seen(x_t, t, text):
+        if not torch.is_grad_enabled():
+            batches.append(len(x_t))
+        return encoder(x_t, t, text)
+
+    run.roles.encoder = seen
+    original, begun = run.critic_loss, copy.deepcopy(run.heads.state_dict())
+
+    def critic_loss(made, turn):
+        losses[made.samples[0], turn] = (made, loss := original(made, turn))
+        return loss
+
+    run.critic_loss = critic_loss
+    run.update(0, random_clips)
+    assert batches == [12 // evaluations] * evaluations
+    run.heads.load_state_dict(begun)
+    for (_, turn), (made, loss) in losses.items():
+        if turn == 0:  # in the next the heads have learnt
+            x_t, t, text = run.critic_inputs(made, turn)
+            singly = [run.heads(encoder(*(y[i : i + 1] for y in (x_t, t, text)))) for i in range(len(x_t))]
+            fake, real, near = torch.cat(singly).chunk(3)
+            expected = softplus(fake).mean() + softplus(-real).mean() + 0.1 * (real - near).square().mean() / 0.1**2
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_an_update_waits_for_the_device_where_losses_are_checked_only(
+    stack, make_distillation, make_config, random_clips, monkeypatch
+):
+    """Timesteps and places in a batch, which are whole numbers, lie on the CPU and may be read there."""
+    run = make_distillation(stack, make_config(warmup={"updates": 1}, student={"steps": [999, 499]}, adm={"t_max": 700}))
+    inside, waits = [], []
+    original = torch.Tensor.tolist
+
+    def recorded(name, wait):
+        def method(tensor, *args):
+            if tensor.is_floating_point() and not inside:
+                waits.append(name)
+            return wait(tensor, *args)
+
+        return method
+
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, recorded(name, getattr(torch.Tensor, name)))
+    assert torch.Tensor.tolist is not original
+    steps = 0
+    for learner in (run.student, run.fake, run.critic):
+        for optimiser in (learner.optimiser,):
+            step = optimiser.step
+            optimiser.step = lambda step=step: (inside.append(1), step(), inside.pop())
+    for update in range(3):
+        steps += 3
+        run.update(update, random_clips)
+    assert waits == ["tolist"] * steps
