@@ -19,6 +19,7 @@ import torch
 from avdm2_nodes.diffusion.unets import Predictor
 from avdm2_nodes.files.stack import Stack, load_image_unet, load_stack
 from avdm2_nodes.files.student import Student
+from training.cost.memory_plan import fitted
 from training.data.sources import open_data
 from training.evaluation.pictures import contact_sheet
 from training.evaluation.rows import Gallery, student_method
@@ -34,7 +35,7 @@ from training.run.config import DistillConfig
 from training.run.folder import RunFolder
 from training.run.packages import needs
 from training.run.parent import Stop, never, watch
-from training.run.precision import uses_bf16
+from training.run.precision import free_bytes, uses_bf16
 from training.run.processes import Processes, require_equal_parts
 
 logger = logging.getLogger("distill")
@@ -80,6 +81,8 @@ def _trained(
     if config.style.images:
         with processes.first_alone():
             score_unet = learn_style(config, stack, run.path / "images", device, stop)
+    unets = dict(stack.image_unet.config), dict(stack.motion.config)
+    config = fitted(config, free_bytes(device), processes.count, *unets)
     half = uses_bf16(device, config.run.precision)
     roles = new_roles(config, stack, score_unet, begun, half, device)
     with processes.first_alone():

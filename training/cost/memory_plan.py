@@ -23,6 +23,8 @@ from training.method.roles import Roles
 from training.run.config import DistillConfig
 
 GIB = 2**30
+LARGEST_PART = 4  # clips; with more a GPU has no less to be told of each
+_USABLE = 0.9  # of free memory: libraries' workspaces, and what lies between tensors
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 0}  # a weight; the paged one's lie in the CPU's memory
 
 
@@ -85,11 +87,44 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for t in tensors}.values())
 
 
-def memory_plan(config: DistillConfig, unet: dict = SD15, motion: dict = V3) -> Plan:
-    """The plan of a run's settings for networks of these configurations, by default SD1.5 with AnimateDiff's v3."""
+def memory_plan(config: DistillConfig, unet: dict = SD15, motion: dict = V3, clips: int = 1) -> Plan:
+    """The plan of a run's settings and so many clips a part, for networks of these configurations: SD1.5 with AnimateDiff's v3."""
     half = config.run.precision != "float32"
     roles, heads = meta_roles(config, unet, motion, half)
-    return plan_of(config, roles, heads, meta_inputs(config, unet))
+    return plan_of(config, roles, heads, meta_inputs(config, unet, clips=clips))
+
+
+def fitted(
+    config: DistillConfig, memory: int | None, processes: int = 1, unet: dict = SD15, motion: dict = V3
+) -> DistillConfig:
+    """The settings with `auto` decided for a GPU on which so many bytes are free (None, a CPU: what takes the least).
+
+    As many clips a part as fit, up to `LARGEST_PART`, and then no gradient checkpointing where that fits too. Where nothing does it is
+    what takes the least.
+    """
+    run, model, own = config.run, config.model, config.run.batch // processes
+    open_parts, open_checkpointing = run.accumulate == "auto", model.gradient_checkpointing == "auto"
+    if not (open_parts or open_checkpointing):
+        return config
+    sizes = [own // run.accumulate]
+    if open_parts:
+        sizes = [size for size in range(min(LARGEST_PART, own), 0, -1) if own % size == 0]
+
+    def chosen(size: int, checkpointing: bool) -> DistillConfig:
+        changed = {
+            "run": run.model_copy(update={"accumulate": own // size}),
+            "model": model.model_copy(update={"gradient_checkpointing": checkpointing}),
+        }
+        return config.model_copy(update=changed)
+
+    def fits(size: int, checkpointing: bool) -> bool:
+        return memory_plan(chosen(size, checkpointing), unet, motion, size).total <= _USABLE * memory
+
+    least = open_checkpointing or model.gradient_checkpointing
+    for size in sizes if memory is not None else ():
+        if fits(size, least):
+            return chosen(size, least and not (open_checkpointing and fits(size, False)))
+    return chosen(sizes[-1], least)
 
 
 def plan_of(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, inputs: Inputs) -> Plan:
@@ -117,7 +152,7 @@ def plan_of(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, inpu
 def _turns(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, inputs: Inputs) -> dict[str, Callable]:
     """Each learner's turn; where a batch is cut into parts two of them, for the gradients of the first stand while the second is made."""
     x, t, text, frames = inputs.x, inputs.t, inputs.text, config.sdm.frames
-    parts, kinds = config.run.accumulate, 2 + (config.adm.r1_weight > 0)
+    parts, kinds = 1 if config.run.accumulate == 1 else 2, 2 + (config.adm.r1_weight > 0)
     judged = min(AT_ONCE, parts * config.adm.updates_per_student)
 
     def student() -> None:
@@ -145,7 +180,7 @@ def _turns(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, input
             F.softplus(heads(part)).mean().backward()
 
     def in_parts(turn: Callable) -> Callable:
-        return lambda: [turn() for _ in range(min(parts, 2))]
+        return lambda: [turn() for _ in range(parts)]
 
     return {"student": in_parts(student), "fake score": in_parts(fake), "heads": judge}
 

@@ -14,7 +14,6 @@ import torch
 from diffusers import MotionAdapter, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
 from avdm2_nodes.diffusion.unets import video_unet
@@ -23,6 +22,7 @@ from training.method.discriminator import DiscriminatorHeads
 from training.method.loop import Phase, phase_of
 from training.method.roles import Roles, build_roles
 from training.run.config import DistillConfig
+from training.run.meter import Operations
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}  # of diffusers' UNet2DConditionModel, whose defaults are SD1.5's
 V3 = {"use_motion_mid_block": False, "motion_max_seq_length": 32}  # likewise, AnimateDiff's motion modules
@@ -147,9 +147,9 @@ def learning(loss: Callable[[], Tensor]) -> int:
 
 def operations(function: Callable[[], object]) -> int:
     """Operations of what `function` runs."""
-    with as_on_a_gpu(), FlopCounterMode(display=False) as counter:
+    with as_on_a_gpu(), Operations() as operations:
         function()
-    return counter.get_total_flops()
+    return operations.count
 
 
 def update_cost(config: DistillConfig, parts: Parts, phase: Phase) -> dict[str, float]:

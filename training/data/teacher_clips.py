@@ -45,7 +45,7 @@ def sampled_clips(
     `teacher_hash` names the teacher. As many at once as a training step takes, never over the bounds of a part.
     """
     run, steps, device = config.run, config.evaluation.teacher_steps, encoder.device
-    guidance, at_once = config.evaluation.teacher_guidance, config.run.batch // config.run.accumulate
+    guidance, at_once = config.evaluation.teacher_guidance, config.run.clips_at_once
     shape, empty = latent_shape(config, encoder), encoder.text("")[None].to(device)
 
     def make(parts: Sequence[range]) -> Iterator[LatentClip | Unusable]:

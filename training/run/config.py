@@ -46,7 +46,10 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="seed of all randomness")
     updates: int = Field(150, ge=0, description="updates of the student by distribution matching, after the warm-up")
     batch: int = Field(8, ge=1, description="clips per update, over all processes and accumulation steps together")
-    accumulate: int = Field(1, ge=1, description="steps that a process cuts its part of a batch into, to save memory")
+    accumulate: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="steps that a process cuts its part of a batch into, to save memory; auto: as few as a GPU's memory allows",
+    )
     sample_every: int = Field(50, ge=1, description="updates between sample clips")
     save_every: int = Field(25, ge=1, description="updates between checkpoints")
     keep: int = Field(3, ge=1, description="newest checkpoints to keep")
@@ -55,7 +58,9 @@ class RunConfig(Section):
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (CUDA if there, else the CPU), cpu, cuda, cuda:N"
     )
     precision: Literal["auto", "float32", "bf16"] = Field(
-        "auto", description="of the arithmetic; auto is bf16 autocast on CUDA and on CPUs with bf16 instructions, else float32"
+        "auto",
+        description="of the networks, whose weights are trained in float32 all the same; auto is bf16 on CUDA and on CPUs with bf16 "
+        "instructions, else float32",
     )
     optimiser: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
         "adamw", description="AdamW of all that learns; in 8 bits, and paged out to the CPU's memory too, by bitsandbytes"
@@ -63,6 +68,11 @@ class RunConfig(Section):
     attached: bool = Field(
         False, exclude=True, description="stop, with a checkpoint, when standard input ends: for programs that start this one"
     )
+
+    @property
+    def clips_at_once(self) -> int:
+        """The clips of a step of one process alone; one where that is still open."""
+        return 1 if self.accumulate == "auto" else self.batch // self.accumulate
 
 
 class DataConfig(Section):
@@ -101,7 +111,9 @@ class ModelConfig(Section):
     )
     lora_rank: int = Field(16, ge=1, description="rank of the adapters, where there are any")
     share_base: bool = Field(False, description="all networks are adapters on one frozen base, to save memory")
-    gradient_checkpointing: bool = Field(False, description="compute activations twice, to save memory")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        False, description="compute activations twice, to save memory; auto: where a GPU's memory asks for it"
+    )
 
 
 class StudentConfig(Section):
@@ -202,7 +214,7 @@ class DistillConfig(BaseSettings):
     @model_validator(mode="after")
     def _agree(self):
         run, steps, problems = self.run, self.student.steps, []
-        if run.batch % run.accumulate:
+        if run.accumulate != "auto" and run.batch % run.accumulate:
             problems.append(
                 f"run.batch: expected a multiple of run.accumulate ({run.accumulate}), found {run.batch}; change one."
             )

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from training.cost.launches import Launches, Noise, casts, count_update, narrow_distillation
-from training.run.config import ROOT, load_config
+from training.run.command_line import load_config
+from training.run.config import ROOT
 
 
 def test_views_and_allocations_launch_nothing():
