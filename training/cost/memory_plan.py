@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from training.cost.operations import SD15, V3, Inputs, as_on_a_gpu, meta_inputs, meta_roles
 from training.method.discriminator import DiscriminatorHeads, judge_as_they_stand
-from training.method.loop import AT_ONCE
+from training.method.loop import kinds_judged, looks
 from training.method.masters import gather
 from training.method.roles import Roles
 from training.run.config import DistillConfig
@@ -152,8 +152,8 @@ def plan_of(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, inpu
 def _turns(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, inputs: Inputs) -> dict[str, Callable]:
     """Each learner's turn; where a batch is cut into parts two of them, for the gradients of the first stand while the second is made."""
     x, t, text, frames = inputs.x, inputs.t, inputs.text, config.sdm.frames
-    parts, kinds = 1 if config.run.accumulate == 1 else 2, 2 + (config.adm.r1_weight > 0)
-    judged = min(AT_ONCE, parts * config.adm.updates_per_student)
+    parts, kinds = 1 if config.run.accumulate == 1 else 2, kinds_judged(config)
+    judged = looks(len(x), kinds) if parts > 1 else min(looks(len(x), kinds), config.adm.updates_per_student)
 
     def student() -> None:
         x0 = x - roles.student(x, t, text)

@@ -41,7 +41,18 @@ from training.run.randomness import chain_steps, draw_frames, draw_timesteps, sa
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 2  # of its parts that the critics' encoder looks at in one batch: it keeps no activations, so they may be several
+
+def kinds_judged(config: DistillConfig) -> int:
+    """How many kinds of clips the heads learn from: the student's, real ones, and with R1 real ones that are perturbed."""
+    return 2 + (config.adm.r1_weight > 0)
+
+
+def looks(part: int, kinds: int) -> int:
+    """Turns of parts of so many clips that the critics' encoder looks at in one batch: eight clips, or one turn that has more.
+
+    It keeps no activations for a gradient, so they may be more than the student learns from at once.
+    """
+    return max(1, 8 // (part * kinds))
 
 
 @dataclass
@@ -105,6 +116,8 @@ class Distillation:
         self.fake = learner("fake score", roles.fake_weights, sdm.lr, sdm.betas, copies=roles.fake_copies)
         self.critic = learner("discriminator", dict(heads.named_parameters()), adm.lr, adm.betas)
         self.ema = EMA(roles.student_weights, student.ema)
+
+        self.kinds = kinds_judged(config)
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name).state_dict() for name in ("student", "fake", "critic", "ema")}
@@ -216,7 +229,7 @@ class Distillation:
         features = made.seen.pop(turn)
         if features is None:
             return torch.zeros((), device=self.device)
-        fake_logits, real_logits, *near_logits = self.heads(features).chunk(2 + (config.r1_weight > 0))
+        fake_logits, real_logits, *near_logits = self.heads(features).chunk(self.kinds)
         loss = adm_discriminator_loss(fake_logits, real_logits)
         if near_logits:
             loss = loss + config.r1_weight * approximate_r1(real_logits, near_logits[0], config.r1_sigma)
@@ -317,10 +330,11 @@ class Distillation:
         return figures
 
     def _seen_loss(self, asked: list[tuple[Made, int]], made: Made, turn: int) -> Tensor:
-        """`critic_loss`, the encoder looking at `AT_ONCE` parts at a time of those that are asked for and not seen yet."""
+        """`critic_loss`, the encoder looking at several at a time of those that are asked for and not seen yet."""
         if turn not in made.seen:
-            self.look(asked[:AT_ONCE])
-            del asked[:AT_ONCE]
+            count = looks(len(made.samples), self.kinds)
+            self.look(asked[:count])
+            del asked[:count]
         return self.critic_loss(made, turn)
 
     def _critic_update(self, learner: Learner, name: str, loss_of: Callable, parts: list[Made], turn: int) -> dict[str, float]:

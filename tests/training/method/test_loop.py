@@ -443,13 +443,15 @@ def test_in_bf16_checkpoints_hold_float32_masters_and_networks_their_copies(go, 
 # ---- what a GPU is given to do ----
 
 
-@pytest.mark.parametrize(("accumulate", "evaluations"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("accumulate", "r1_weight", "expected"), [(1, 0.0, [8]), (2, 0.0, [8]), (1, 0.1, [6, 6]), (2, 0.1, [6, 6])]
+)
 def test_what_the_critics_judge_is_encoded_in_one_batch(
-    stack, make_distillation, make_config, random_clips, accumulate, evaluations
+    stack, make_distillation, make_config, random_clips, accumulate, r1_weight, expected
 ):
-    """Each judgement as if it had been encoded alone: of two turns, or of two parts."""
+    """Of two turns, of two parts, or both, as long as it is of no more than eight clips; each clip's judgement is its own."""
     updates = {"updates_per_student": 2}
-    config = make_config(run={"accumulate": accumulate}, adm=updates | {"r1_weight": 0.1}, student={"steps": [499]})
+    config = make_config(run={"accumulate": accumulate}, adm=updates | {"r1_weight": r1_weight}, student={"steps": [499]})
     run, batches, losses = make_distillation(stack, config), [], {}
     encoder = run.roles.encoder
 
@@ -467,15 +469,17 @@ def test_what_the_critics_judge_is_encoded_in_one_batch(
 
     run.critic_loss = critic_loss
     run.update(0, random_clips)
-    assert batches == [12 // evaluations] * evaluations
+    assert batches == expected
     run.heads.load_state_dict(begun)
     for (_, turn), (made, loss) in losses.items():
         if turn == 0:  # in the next the heads have learnt
             x_t, t, text = run.critic_inputs(made, turn)
             singly = [run.heads(encoder(*(y[i : i + 1] for y in (x_t, t, text)))) for i in range(len(x_t))]
-            fake, real, near = torch.cat(singly).chunk(3)
-            expected = softplus(fake).mean() + softplus(-real).mean() + 0.1 * (real - near).square().mean() / 0.1**2
-            assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+            fake, real, *near = torch.cat(singly).chunk(run.kinds)
+            by_hand = softplus(fake).mean() + softplus(-real).mean()
+            if near:
+                by_hand = by_hand + r1_weight * (real - near[0]).square().mean() / 0.1**2
+            assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 def test_an_update_waits_for_the_device_where_losses_are_checked_only(
