@@ -150,12 +150,17 @@ def plan_of(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, inpu
 
 
 def _turns(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, inputs: Inputs) -> dict[str, Callable]:
-    """Each learner's turn; where a batch is cut into parts two of them, for the gradients of the first stand while the second is made."""
+    """Each learner's turn; where a batch is cut into parts a later part's, beside the gradients of those before it."""
     x, t, text, frames = inputs.x, inputs.t, inputs.text, config.sdm.frames
     parts, kinds = 1 if config.run.accumulate == 1 else 2, kinds_judged(config)
     judged = looks(len(x), kinds) if parts > 1 else min(looks(len(x), kinds), config.adm.updates_per_student)
 
+    def begin(weights: Iterable[nn.Parameter]) -> None:
+        for weight in weights if parts > 1 else ():
+            weight.grad = torch.zeros_like(weight)
+
     def student() -> None:
+        begin(roles.student_weights.values())
         x0 = x - roles.student(x, t, text)
         loss = F.softplus(-judge_as_they_stand(heads, roles.encoder(x0, t, text))).mean() if config.adm.weight > 0 else 0
         with torch.no_grad():
@@ -168,6 +173,7 @@ def _turns(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, input
 
     def fake() -> None:
         _forget(roles.student_weights.values())
+        begin(roles.fake_weights.values())
         y, times, words = inputs.frames(frames)
         F.mse_loss(roles.fake_score(y, times, words), y).backward()
         gather(roles.fake_weights, roles.fake_copies)
@@ -179,10 +185,7 @@ def _turns(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, input
         for part in zip(*(feature.chunk(judged) for feature in features), strict=True):
             F.softplus(heads(part)).mean().backward()
 
-    def in_parts(turn: Callable) -> Callable:
-        return lambda: [turn() for _ in range(parts)]
-
-    return {"student": in_parts(student), "fake score": in_parts(fake), "heads": judge}
+    return {"student": student, "fake score": fake, "heads": judge}
 
 
 def _forget(weights: Iterable[nn.Parameter]) -> None:
