@@ -41,11 +41,20 @@ def video_unet(image_unet: UNet2DConditionModel, motion: MotionAdapter) -> UNetM
 
 
 def require_matching_motion(image_unet: UNet2DConditionModel, motion: MotionAdapter) -> None:
-    """ValueError where the motion adapter was made for an image UNet of other widths."""
+    """ValueError where the motion adapter was made for an image UNet of other widths, or of other layers in a block."""
     unet_widths, motion_widths = tuple(image_unet.config.block_out_channels), tuple(motion.config.block_out_channels)
     if unet_widths != motion_widths:
         raise ValueError(
             f"Expected a motion module for an image UNet of widths {unet_widths}, found one for {motion_widths}; "
+            "use a motion module that was made for this base model."
+        )
+    unet_layers, motion_layers = (
+        list(layers) if isinstance(layers, (list, tuple)) else [layers] * len(unet_widths)
+        for layers in (image_unet.config.layers_per_block, motion.config.motion_layers_per_block)
+    )
+    if unet_layers != motion_layers:
+        raise ValueError(
+            f"Expected a motion module for an image UNet of {unet_layers} layers a block, found one for {motion_layers}; "
             "use a motion module that was made for this base model."
         )
 
