@@ -17,6 +17,7 @@ from avdm2_nodes.diffusion.samplers import student_timesteps
 from avdm2_nodes.diffusion.schedules import TRAIN_TIMESTEPS
 from avdm2_nodes.diffusion.style import StyleError
 from avdm2_nodes.files.containers import FileFormatError
+from avdm2_nodes.files.paths import is_folder
 from avdm2_nodes.files.peers import is_peer, load_peer
 from avdm2_nodes.files.stack import StackError, load_stack
 from avdm2_nodes.files.student import read_student
@@ -53,7 +54,7 @@ def sample(args: argparse.Namespace) -> None:
     """What the command line asks for. One of EXPECTED_ERRORS, before any clip is written or between two."""
     codec()  # before minutes of sampling
     outs = numbered(args.out, len(args.prompt))
-    if not args.out.parent.is_dir():
+    if not is_folder(args.out.parent):
         raise SampleError(f"Expected a folder at {args.out.parent} for {args.out.name}, found none; make it.")
     device, guiding = pick_device(), []
     if args.teacher:
@@ -73,7 +74,9 @@ def sample(args: argparse.Namespace) -> None:
         steps = len(timesteps)
     frames, height, width = args.frames or window, args.height or height, args.width or width
     if args.taesd:
-        stack.vae = load_taesd_file(args.taesd)
+        latents, stack.vae = stack.vae.config.latent_channels, load_taesd_file(args.taesd)
+        if latents != stack.vae.config.latent_channels:
+            raise SampleError(f"Expected a model of SD1.5's latents for --taesd, found {latents} channels; leave out --taesd.")
     # diffusers' own `to` warns of parts that these networks do not have
     for network in (unet, *([stack.image_unet, *(style for style, _ in guiding)] if guiding else [])):
         torch.nn.Module.to(network, device, sampling_dtype(device))
