@@ -23,6 +23,7 @@ from avdm2_nodes.files.student import Student, write_student
 from avdm2_nodes.files.student_info import ANY_BASE, StudentInfo
 from avdm2_nodes.files.style import StyleInfo, student_hash, write_style
 from tests.avdm2_nodes.files.original_layouts import TINY, original_checkpoint, original_motion, values
+from tests.avdm2_nodes.files.sparse_networks import new_network
 
 MANY_DIGITS = "9" * 5000
 NASTY = [
@@ -125,6 +126,7 @@ def make_seeds(folder: Path, stack_folder: Path) -> dict[str, Path]:
     saved("video-unet", "train.safetensors", stack.image_unet.state_dict() | to_original_keys(stack.motion.state_dict()))
     saved("lora", "lcm_lora.safetensors", kohya)
     saved("sd15", "sd15.safetensors", values(original_checkpoint(**TINY), dtype=torch.float16))
+    saved("sparse", "sparse.safetensors", to_original_keys(new_network(True).state_dict()))
     saved("taesd", "taesd.safetensors", AutoencoderTiny().state_dict())
     return seeds
 

@@ -22,6 +22,7 @@ from avdm2_nodes.files.peers import is_peer, load_peer
 from avdm2_nodes.files.recognise import recognise
 from avdm2_nodes.files.sd15 import load_sd15_file
 from avdm2_nodes.files.sentences import FileError
+from avdm2_nodes.files.sparse_control import read_sparse_control
 from avdm2_nodes.files.stack import load_image_unet, load_motion, load_stack, load_tokenizer, load_vae
 from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.student_unet import student_unet
@@ -95,6 +96,11 @@ def readers(kind: str) -> tuple[list, list]:
     def checkpoint(path, base):
         return *load_sd15_file(path), load_image_unet(path)
 
+    def sparse(path, base):
+        file = read_sparse_control(path)
+        assert file.hint_channels
+        return dict(file.tensors)
+
     def taesd(path, base):
         return load_taesd_file(path)
 
@@ -108,6 +114,7 @@ def readers(kind: str) -> tuple[list, list]:
         "video-unet": [motion],
         "lora": [lora],
         "sd15": [checkpoint],
+        "sparse": [sparse],
         "taesd": [taesd],
         "stack": [folder, parts, vocabulary],
     }
