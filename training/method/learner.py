@@ -80,7 +80,8 @@ class Learner:
             self.optimiser.step()
             self.refresh()
             self.steps += 1
-            self.skipped_in_a_row = 0
+            if norm > 0:  # an update that had nothing to judge says nothing about the ones before
+                self.skipped_in_a_row = 0
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1

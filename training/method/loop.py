@@ -372,7 +372,7 @@ def train(
     config, processes = distillation.config, distillation.processes
     checkpoints = Checkpoints(run.path / "checkpoints", config.run.keep)
     start, seconds = 0, 0.0
-    found = checkpoints.latest()
+    found = checkpoints.latest(("student", "fake", "critic", "ema", "seconds"))
     if found:
         start, state = found
         seconds = state.pop("seconds")

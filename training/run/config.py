@@ -10,6 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from training.run.reading import require_path
 from training.run.wording import said, sentences
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,9 +23,7 @@ class ConfigError(ValueError):
 
 
 def _absolute(path: Path) -> Path:
-    if path == Path():
-        raise ValueError("expected a path")
-    return Path(os.path.normpath(ROOT / path.expanduser()))
+    return Path(os.path.normpath(ROOT / require_path(path).expanduser()))
 
 
 def portable(path: Path) -> str:
@@ -84,6 +83,10 @@ class DataConfig(Section):
     height: int = Field(64, ge=8, multiple_of=8, description="height of a clip, pixels")
     width: int = Field(64, ge=8, multiple_of=8, description="width of a clip, pixels")
     stride: int = Field(1, ge=1, description="video frames from one frame of a clip to the next")
+    fps: float | None = Field(
+        None, gt=0, le=1000, description="frames a second that videos are resampled to, by time; null takes them frame by frame"
+    )
+    strict: bool = Field(False, description="a clip, caption or picture that cannot be used is an error, not left out")
     render: int | None = Field(
         None, ge=1, description="clips of the miniature world to render into the folder if it is not there"
     )
@@ -269,11 +272,13 @@ class DistillConfig(BaseSettings):
         return self
 
 
+_MOST_VALUES = 10_000  # that a YAML may stand for
+
 # What may change between a run and its resumption: it bears on where, how long and how fast, not on what is learnt.
 RESUMABLE_CHANGES = frozenset(
     {
         "run.folder", "run.updates", "run.accumulate", "run.sample_every", "run.save_every", "run.keep", "run.threads", "run.device",
-        "data.render", "model.gradient_checkpointing",
+        "data.render", "data.strict", "model.gradient_checkpointing",
         "evaluation.world", "evaluation.clips", "evaluation.teacher_steps", "evaluation.teacher_guidance",
         "evaluation.report",
     }
@@ -304,9 +309,11 @@ def training_changes(earlier: str, config: DistillConfig) -> list[str]:
 def parse_yaml(text: str, name: str) -> dict:
     """The sections of a text in YAML, not yet checked; ConfigError (which says `name`) where there are none."""
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = _plain(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError of a number with thousands of digits, or a date that is none
         raise ConfigError(f"Expected YAML in {name}, found: {' '.join(str(error).split())}; correct it.") from error
+    except RecursionError as error:
+        raise ConfigError(f"Expected YAML in {name}, found it nested too deep; correct it.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -315,6 +322,30 @@ def parse_yaml(text: str, name: str) -> dict:
         )
     # A section whose every line is commented out reads as null.
     return {str(key): {} if value is None and key in DistillConfig.model_fields else value for key, value in values.items()}
+
+
+def _plain(text: str) -> Any:
+    """As yaml.safe_load, but ValueError where aliases stand for more than a few thousand values: nine short lines can be billions."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > _MOST_VALUES:
+            raise ValueError(f"aliases that stand for more than {_MOST_VALUES} values")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node stands for; infinitely many where it contains itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def validated(values: dict, name: str, on_command_line: Iterable[str] = ()) -> DistillConfig:
