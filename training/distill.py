@@ -30,6 +30,7 @@ from training.method.image_style import learn_style
 from training.method.loop import Distillation, train
 from training.method.setup import begin_from, new_heads, new_roles
 from training.run import console
+from training.run.checkpoint import Checkpoints
 from training.run.command_line import load_config
 from training.run.config import DistillConfig
 from training.run.folder import RunFolder
@@ -88,6 +89,8 @@ def _trained(
     with processes.first_alone():
         data = open_data(config, run.path, stack, roles.teacher, score_unet, device)
     processes.require_same("clips", data.captions)
+    if processes.main:
+        run.hold_to(data.identity(), resumes=bool(Checkpoints(run.path / "checkpoints", config.run.keep).paths()))
     heads = new_heads(config, roles, data).to(device)
     distillation = Distillation(config, roles, heads, data.text([""]), device, processes)
 
