@@ -9,6 +9,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
+    from training.run import entry
+
+    entry.begin()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
 import contextlib
@@ -33,7 +36,7 @@ from training.run import console
 from training.run.checkpoint import Checkpoints
 from training.run.command_line import load_config
 from training.run.config import DistillConfig
-from training.run.folder import RunFolder
+from training.run.folder import RunFolder, told_of_disk
 from training.run.packages import needs
 from training.run.parent import Stop, never, watch
 from training.run.precision import free_bytes, uses_bf16
@@ -62,7 +65,8 @@ def distil(
     processes = processes or Processes(config.run.device)
     path, *shown = _trained(config, run, stop, processes)
     if report and processes.main:
-        write_run_report(config, path, *shown)
+        with told_of_disk(run.path):
+            write_run_report(config, path, *shown)
         logger.info("Beside it: its clips and its teacher's (clips.png, clips.webp) and the figures (report.md).")
     return path
 
@@ -98,9 +102,12 @@ def _trained(
     own = student_method("student", roles.student, config.student.steps)
 
     def show(step: int) -> None:
-        (run.path / "samples").mkdir(exist_ok=True)
         shown, _ = gallery.sample(own, SHOWN)
-        contact_sheet({own.name: list(shown)}, gallery.prompts[: len(shown)], run.path / "samples" / f"update-{step:06d}.png")
+        with told_of_disk(run.path):
+            (run.path / "samples").mkdir(exist_ok=True)
+            contact_sheet(
+                {own.name: list(shown)}, gallery.prompts[: len(shown)], run.path / "samples" / f"update-{step:06d}.png"
+            )
 
     with board_of(run.path / "tensorboard") if processes.main else contextlib.nullcontext() as board:
 
@@ -125,9 +132,4 @@ def _trained(
 
 if __name__ == "__main__":
     console.set_up()
-    try:
-        main()
-    except EXPECTED_ERRORS as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("Interrupted; the same command goes on from the last checkpoint.")
+    entry.run(main, EXPECTED_ERRORS, "Interrupted; the same command goes on from the last checkpoint.")

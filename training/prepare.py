@@ -13,6 +13,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
+    from training.run import entry
+
+    entry.begin()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
 import argparse
@@ -52,8 +55,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the cache goes")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text of prompts, one a line, for clips of the teacher")
+    parser.add_argument("--out", type=console.path, required=True, metavar="FOLDER", help="where the cache goes")
+    parser.add_argument(
+        "--prompts", type=console.path, metavar="FILE", help="a text of prompts, one a line, for clips of the teacher"
+    )
     parser.add_argument("--clips", type=between(1, 10**9), metavar="N", help="of the teacher (default: one a prompt)")
     workers_help = "processes that decode videos (default: one a CPU core)"
     parser.add_argument("--workers", type=between(0, 1024), default=os.cpu_count() or 1, metavar="N", help=workers_help)
@@ -147,9 +152,4 @@ def _written_bytes(folder: Path) -> int:
 
 if __name__ == "__main__":
     console.set_up()
-    try:
-        main()
-    except EXPECTED_ERRORS as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("Interrupted; the same command goes on where it was.")
+    entry.run(main, EXPECTED_ERRORS, "Interrupted; the same command goes on where it was.")

@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -179,19 +179,29 @@ def _require_whole(table: Path, line: int, row: list[str], columns: list[str]) -
             f"Expected {len(columns)} columns in line {line} of {table}, found {len(row)}; put quotes around a caption with commas."
         )
     for cell in row:
-        if any(_ROW.search(below) for below in cell.splitlines()[1:]):
+        lines = cell.splitlines()
+        if any(map(_BEGINS.match, lines[1:])) or any(map(_ENDS.search, lines[:-1])):
             raise DataError(
                 f"Expected one clip in line {line} of {table}, found a caption that goes on over the next rows; close its quote, and "
                 'write " in a caption as "".'
             )
 
 
-# A line of its own that names a file, as a swallowed row does.
-_ROW = re.compile(r"(?i)(^|,)\s*[^,]*\.(mp4|mov|mkv|webm|avi|png|jpe?g|webp|bmp)\s*(,|$)")
+# A line that begins or ends with a file's name, as a swallowed row does.
+_NAME = r"[^,]*\.(mp4|mov|mkv|webm|avi|png|jpe?g|webp|bmp)\s*"
+_BEGINS, _ENDS = re.compile(rf"(?i){_NAME},"), re.compile(rf"(?i),{_NAME}$")
 
 
 def _pick(row: dict, keys: tuple[str, ...]):
     return next((row[key] for key in keys if row.get(key) is not None), None)
+
+
+def cut_by(tokenizer, captions: Iterable[str]) -> list[str]:
+    """The captions that are longer than a text encoder takes: what is beyond its tokenizer's length is not seen."""
+    most = tokenizer.model_max_length
+    # A token is a byte at least, so that short ones need no counting; two mark beginning and end.
+    long = [caption for caption in dict.fromkeys(captions) if len(caption.encode()) + 2 > most]
+    return [caption for caption in long if len(tokenizer(caption).input_ids) > most]
 
 
 def words(text: str) -> str:

@@ -18,7 +18,7 @@ from training.data import DataError
 from training.data.captions import captioned
 from training.data.sizes import cover
 from training.data.tars import Span, find_tars, is_pattern, read_span, videos_in
-from training.data.unusable import ENCODING, NO_CAPTION, Unusable, counted, named, require_none
+from training.data.unusable import ENCODING, NO_CAPTION, Unusable, named, require_none, told
 from training.data.video import VIDEO_SUFFIXES, Decoded, VideoError, codec, decode_video, write_video
 from training.run.reading import printable
 
@@ -110,7 +110,7 @@ class ClipFolder:
                 "put clips there with a captions.csv, a captions.jsonl or a .txt beside each."
             )
         if check:
-            log.info("%s: %d clips are used, %s.", self.folder, len(self.entries), counted(self.left_out))
+            told(self.folder, len(self.entries), "clips", self.left_out)
             if fps is None:
                 tell_of_rates(rates)
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from avdm2_nodes.files.stack import Stack
 from training.data.cache import Cache, is_cache, space_of
+from training.data.captions import cut_by
 from training.data.clips import ClipFolder, tell_of_rates
-from training.data.unusable import counted, require_none
+from training.data.unusable import require_none, told
 from training.run.config import DistillConfig
 from training.run.precision import autocast, lent
 
@@ -36,16 +37,9 @@ class Encoder:
         with lent(self.device, self.stack.vae), autocast(self.device, self.precision):
             return self.stack.encode_clips(frames[None])[0].cpu()
 
-    def cut(self, captions: Sequence[str]) -> list[str]:
-        """Those that are longer than the text encoder takes: what is beyond its length is not seen."""
-        tokenizer = self.stack.tokenizer
-        most = tokenizer.model_max_length
-        # A token is a byte at least, so that short ones need no counting.
-        return [c for c in dict.fromkeys(captions) if len(c.encode()) + 2 > most and len(tokenizer(c).input_ids) > most]
-
     def tell_of_cut(self, captions: Sequence[str]) -> list[str]:
-        """A word in the log about `cut`, which it returns."""
-        if cut := self.cut(captions):
+        """Those that are longer than the text encoder takes, after a word in the log about them."""
+        if cut := cut_by(self.stack.tokenizer, captions):
             log.warning(
                 "%d captions are longer than the text encoder takes (%d tokens): the rest of each is not seen. The first: %s",
                 len(cut), self.stack.tokenizer.model_max_length, cut[0],
@@ -133,7 +127,7 @@ def open_clips(config: DistillConfig, stack: Stack, device: torch.device) -> Lat
     if is_cache(data.folder):
         cache = Cache(data.folder, space_of(stack, data))
         require_none(cache.left_out, data.folder, data.strict)
-        log.info("%s: %d clips are used, %s when it was prepared.", data.folder, len(cache), counted(cache.left_out))
+        told(data.folder, len(cache), "clips", cache.left_out)
         if data.fps is None:
             tell_of_rates(cache.rates)
         return LatentClips(cache, encoder)

@@ -1,5 +1,6 @@
 """Pictures of a style: found with their captions, read as what a viewer shows."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from training.data import DataError
 from training.data.captions import captioned
 from training.data.sizes import cover
-from training.data.unusable import ENCODING, Unusable, counted, log, named, require_none
+from training.data.unusable import ENCODING, Unusable, counted, named, require_none, told
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _ORIENTATION = 0x0112  # EXIF's tag
@@ -39,7 +40,7 @@ def read_pictures(folder: Path, height: int, width: int, strict: bool = False) -
         raise DataError(
             f"Expected pictures that can be used in {folder}, found {counted(left_out)}; first: {left_out[0].reason}"
         )
-    log.info("%s: %d pictures are used, %s.", folder, len(pixels), counted(left_out))
+    told(folder, len(pixels), "pictures", left_out)
     return torch.stack(pixels), captions
 
 
@@ -78,7 +79,9 @@ def read_image(path: Path, height: int, width: int) -> Tensor:
 
 def _turned(image: Image.Image) -> Image.Image:
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            turn = _TURNS.get(image.getexif().get(_ORIENTATION))
     except Exception:  # damaged EXIF: the picture is used as it is stored
         turn = None
     return image if turn is None else image.transpose(turn)

@@ -37,6 +37,12 @@ def named(left_out: Sequence[Unusable]) -> None:
         log.warning("Skipped %s: %s", one.name, one.reason)
 
 
+def told(place: Path | str, used: int, what: str, left_out: Sequence[Unusable]) -> None:
+    """The summary in the log, a warning where anything was left out."""
+    level = logging.WARNING if left_out else logging.INFO
+    log.log(level, "%s: %d %s are used, %s.", place, used, what, counted(left_out))
+
+
 def require_none(left_out: Sequence[Unusable], place: Path | str, strict: bool) -> None:
     """DataError where data.strict is set and anything was left out."""
     if strict and left_out:

@@ -125,9 +125,9 @@ def decode_video(
             rate = stream.average_rate or stream.guessed_rate
             wanted = [start + i * stride for i in range(frames)]
             chosen = _by_number(whole, wanted) if fps is None else _by_time(whole, [n / fps for n in wanted], rate, path)
-            aspect, kept, last = stream.sample_aspect_ratio, [], None
+            aspect, kept, last = _aspect(stream), [], None
             for frame in chosen:  # a frame that is taken twice is converted once
-                kept.append(kept[-1] if frame is last else _shown(frame, aspect, path))
+                kept.append(kept[-1] if frame is last else _shown(frame, aspect))
                 last = frame
     except VideoError:
         raise
@@ -215,14 +215,16 @@ def _by_time(
         yield held
 
 
-def _shown(frame: "av.VideoFrame", aspect: Fraction | None, path: Path) -> np.ndarray:
+def _aspect(stream: "av.VideoStream") -> Fraction:
+    """Width to height of a pixel, as the container says or else the stream itself; square where what they say makes no sense."""
+    said = (stream.sample_aspect_ratio, stream.codec_context.sample_aspect_ratio)
+    return next((aspect for aspect in said if aspect and 1 / _WIDEST <= aspect <= _WIDEST), Fraction(1))
+
+
+def _shown(frame: "av.VideoFrame", aspect: Fraction) -> np.ndarray:
     """(H, W, 3) uint8 as a player shows the frame."""
     rgb = to_rgb(frame)
-    if aspect and aspect != 1:
-        if not 1 / _WIDEST <= aspect <= _WIDEST:
-            raise VideoError(
-                f"Expected pixels that are nearly square in {path}, found {aspect} (width : height); export it again."
-            )
+    if aspect != 1:
         # The longer side grows, so that nothing is lost.
         height, width = rgb.shape[:2]
         height, width = (height, round(width * aspect)) if aspect > 1 else (round(height / aspect), width)

@@ -76,7 +76,7 @@ class RunFolder:
         settings, stats = self.path / "config.yaml", self.path / "stats.jsonl"
         if update > 0:
             self._compare(settings, config)
-        with _told(self.path):
+        with told_of_disk(self.path):
             kept = [line for line in _lines(stats) if _update_of(line) <= update] if update > 0 else []
             _replace(stats, "".join(kept))
             _replace(settings, to_yaml(config))
@@ -99,13 +99,13 @@ class RunFolder:
                     f"Expected the clips that the run in {self.path} was begun with ({was}), found others ({clips['clips']}), "
                     f"in number, order, captions or pictures; put them back, or remove {path.name} from there to go on with these."
                 )
-        with _told(self.path):
+        with told_of_disk(self.path):
             _replace(path, json.dumps(clips, indent=1))
 
     def write_stats(self, update: int, values: dict) -> None:
         """Appends one line {"update": …, **values} to stats.jsonl, once `start` was called; NaN and Inf are written as null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with _told(self.path):
+        with told_of_disk(self.path):
             self._stats.write(json.dumps({"update": update, **finite}, allow_nan=False) + "\n")
 
     def _compare(self, settings: Path, config: DistillConfig) -> None:
@@ -130,13 +130,13 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def told_of_disk(path: Path) -> Iterator[None]:
     """What the operating system has against a file of the folder, as RunFolderError."""
     try:
         yield
     except OSError as error:
         raise RunFolderError(
-            f"Expected room and the right to write into {path}, found: {error.strerror} ({error.filename or 'a file of the run'}); "
+            f"Expected room and the right to write into {path}, found: {error.strerror or error}; "
             "clear the way and give the command again: it goes on."
         ) from error
 
