@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from training.run.reading import require_path
@@ -36,6 +45,19 @@ Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, 
 Timestep = Annotated[int, Field(ge=0, le=999)]
 
 
+def _count_or_auto(value):
+    """One sentence of what is wrong, where pydantic would say what each kind of value wants."""
+    if value != "auto" and not (str(value).isdecimal() and int(value) >= 1):
+        raise ValueError("expected a whole number of at least 1, or auto")
+    return value if value == "auto" else int(value)
+
+
+def _flag_or_auto(value):
+    if (word := str(value).lower()) not in ("true", "false", "auto"):
+        raise ValueError("expected true, false or auto")
+    return {"true": True, "false": False}.get(word, word)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -45,7 +67,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="seed of all randomness")
     updates: int = Field(150, ge=0, description="updates of the student by distribution matching, after the warm-up")
     batch: int = Field(8, ge=1, description="clips per update, over all processes and accumulation steps together")
-    accumulate: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    accumulate: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
         1,
         description="steps that a process cuts its part of a batch into, to save memory; auto: as few as a GPU's memory allows",
     )
@@ -114,7 +136,7 @@ class ModelConfig(Section):
     )
     lora_rank: int = Field(16, ge=1, description="rank of the adapters, where there are any")
     share_base: bool = Field(False, description="all networks are adapters on one frozen base, to save memory")
-    gradient_checkpointing: bool | Literal["auto"] = Field(
+    gradient_checkpointing: Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)] = Field(
         False, description="compute activations twice, to save memory; auto: where a GPU's memory asks for it"
     )
 
