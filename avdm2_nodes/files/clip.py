@@ -9,8 +9,7 @@ from pathlib import Path
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .paths import is_file
-from .sentences import FileFormatError, reason
+from .containers import FileFormatError
 
 _TOKENS = 49408
 _LENGTH = 77
@@ -23,7 +22,7 @@ def clip_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
     FileFormatError where there is neither, or the vocabulary is another.
     """
     if folder is not None:
-        missing = [name for name in ("vocab.json", "merges.txt") if not is_file(Path(folder) / name)]
+        missing = [name for name in ("vocab.json", "merges.txt") if not (Path(folder) / name).is_file()]
         if missing:
             raise FileFormatError(
                 f"Expected CLIP's vocabulary (vocab.json and merges.txt) in {folder}, found no {missing[0]}; name another folder."
@@ -62,7 +61,7 @@ def _tokenizer(folder: Path, source: Path | None = None) -> CLIPTokenizer:
         )  # fmt: skip
         found = f"one of {len(tokenizer)} tokens, the end at {tokenizer.eos_token_id}"
     except Exception as error:  # transformers and tokenizers raise a dozen kinds for one cause
-        tokenizer, found = None, reason(error)
+        tokenizer, found = None, (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     if tokenizer is None or len(tokenizer) != _TOKENS or tokenizer.eos_token_id != _TOKENS - 1:
         raise FileFormatError(
             f"Expected CLIP's vocabulary of {_TOKENS} tokens in {source or folder}, found {found}; name another folder."

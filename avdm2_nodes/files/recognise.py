@@ -5,8 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .containers import Layout, read_layout
-from .sentences import FileFormatError
+from .containers import FileFormatError, Layout, read_layout
 
 _ORIGINAL_UNET = "model.diffusion_model."
 
@@ -116,7 +115,7 @@ def _motion(shapes: Mapping[str, tuple]) -> Kind | None:
 
 def motion_widths(shapes: Mapping[str, tuple]) -> tuple[int, ...]:
     """The width of each down block of a motion module, original or diffusers' names."""
-    pattern = re.compile(r"down_blocks\.(\d{1,4})\.motion_modules\.0\.(temporal_transformer\.)?norm\.weight")
+    pattern = re.compile(r"down_blocks\.(\d+)\.motion_modules\.0\.(temporal_transformer\.)?norm\.weight")
     found = {int(match[1]): shape[0] for name, shape in shapes.items() if (match := pattern.fullmatch(name)) and shape}
     return tuple(found[block] for block in sorted(found))
 
