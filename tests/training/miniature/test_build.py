@@ -23,8 +23,8 @@ def run(tmp_path, *stages, steps=2):
 
 
 def test_every_stage_runs_and_the_stack_loads_whole(tmp_path, small, monkeypatch):
-    render_split = build.world.render_split
-    monkeypatch.setattr(build.world, "render_split", lambda count, **options: render_split(min(count, 16), **options))
+    render_split = build.scenes.render_split
+    monkeypatch.setattr(build.scenes, "render_split", lambda count, **options: render_split(min(count, 16), **options))
     monkeypatch.setattr(build, "FEATURE_CLIPS", {False: 12, True: 4})
     stack = run(tmp_path, *build.STAGES)
     loaded = load_stack(stack)
