@@ -112,7 +112,7 @@ def make_distillation():
     """make_distillation(stack, config): a run's state on that stack, its discriminator heads narrow."""
 
     def make(stack, config, score_unet=None, processes=None):
-        roles = new_roles(config, stack, score_unet)
+        roles = new_roles(config, stack, score_unet, half=config.run.precision == "bf16")
         torch.manual_seed(0)
         heads = DiscriminatorHeads(list(WIDTHS), 16)
         return Distillation(config, roles, heads, torch.zeros(1, TOKENS, TEXT_WIDTH), torch.device("cpu"), processes)

@@ -6,6 +6,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
+    from training.run import entry
+
+    entry.begin()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from training.miniature.build import main
@@ -13,4 +16,4 @@ from training.run import console
 
 if __name__ == "__main__":
     console.set_up()
-    main()
+    entry.run(main, interrupted="Interrupted; the same command goes on.")

@@ -9,6 +9,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
+    from training.run import entry
+
+    entry.begin()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
 import contextlib
@@ -19,6 +22,7 @@ import torch
 from avdm2_nodes.diffusion.unets import Predictor
 from avdm2_nodes.files.stack import Stack, load_image_unet, load_stack
 from avdm2_nodes.files.student import Student
+from training.cost.memory_plan import fitted
 from training.data.sources import open_data
 from training.evaluation.pictures import contact_sheet
 from training.evaluation.rows import Gallery, student_method
@@ -29,12 +33,13 @@ from training.method.image_style import learn_style
 from training.method.loop import Distillation, train
 from training.method.setup import begin_from, new_heads, new_roles
 from training.run import console
+from training.run.checkpoint import Checkpoints
 from training.run.command_line import load_config
 from training.run.config import DistillConfig
-from training.run.folder import RunFolder
+from training.run.folder import RunFolder, told_of_disk
 from training.run.packages import needs
 from training.run.parent import Stop, never, watch
-from training.run.precision import uses_bf16
+from training.run.precision import free_bytes, uses_bf16
 from training.run.processes import Processes, require_equal_parts
 
 logger = logging.getLogger("distill")
@@ -60,7 +65,8 @@ def distil(
     processes = processes or Processes(config.run.device)
     path, *shown = _trained(config, run, stop, processes)
     if report and processes.main:
-        write_run_report(config, path, *shown)
+        with told_of_disk(run.path):
+            write_run_report(config, path, *shown)
         logger.info("Beside it: its clips and its teacher's (clips.png, clips.webp) and the figures (report.md).")
     return path
 
@@ -80,11 +86,15 @@ def _trained(
     if config.style.images:
         with processes.first_alone():
             score_unet = learn_style(config, stack, run.path / "images", device, stop)
+    unets = dict(stack.image_unet.config), dict(stack.motion.config)
+    config = fitted(config, free_bytes(device), processes.count, *unets)
     half = uses_bf16(device, config.run.precision)
     roles = new_roles(config, stack, score_unet, begun, half, device)
     with processes.first_alone():
         data = open_data(config, run.path, stack, roles.teacher, score_unet, device)
     processes.require_same("clips", data.captions)
+    if processes.main:
+        run.hold_to(data.identity(), resumes=bool(Checkpoints(run.path / "checkpoints", config.run.keep).paths()))
     heads = new_heads(config, roles, data).to(device)
     distillation = Distillation(config, roles, heads, data.text([""]), device, processes)
 
@@ -92,9 +102,12 @@ def _trained(
     own = student_method("student", roles.student, config.student.steps)
 
     def show(step: int) -> None:
-        (run.path / "samples").mkdir(exist_ok=True)
         shown, _ = gallery.sample(own, SHOWN)
-        contact_sheet({own.name: list(shown)}, gallery.prompts[: len(shown)], run.path / "samples" / f"update-{step:06d}.png")
+        with told_of_disk(run.path):
+            (run.path / "samples").mkdir(exist_ok=True)
+            contact_sheet(
+                {own.name: list(shown)}, gallery.prompts[: len(shown)], run.path / "samples" / f"update-{step:06d}.png"
+            )
 
     with board_of(run.path / "tensorboard") if processes.main else contextlib.nullcontext() as board:
 
@@ -119,9 +132,4 @@ def _trained(
 
 if __name__ == "__main__":
     console.set_up()
-    try:
-        main()
-    except EXPECTED_ERRORS as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("Interrupted; the same command goes on from the last checkpoint.")
+    entry.run(main, EXPECTED_ERRORS, "Interrupted; the same command goes on from the last checkpoint.")

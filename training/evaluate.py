@@ -13,6 +13,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
+    from training.run import entry
+
+    entry.begin()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
 import argparse
@@ -193,7 +196,5 @@ def branch(source: Path, folder: Path, config: DistillConfig) -> None:
 
 if __name__ == "__main__":
     console.set_up()
-    try:
-        main()
-    except (*EXPECTED_ERRORS, BackboneError, FileFormatError, FileNotFoundError) as error:
-        sys.exit(str(error))
+    errors = (*EXPECTED_ERRORS, BackboneError, FileFormatError, FileNotFoundError)
+    entry.run(main, errors, "Interrupted; the same command goes on.")

@@ -12,6 +12,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
+    from training.run import entry
+
+    entry.begin()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
 import argparse
@@ -202,7 +205,4 @@ def sweep(rows: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
 
 if __name__ == "__main__":
     console.set_up()
-    try:
-        main()
-    except (*EXPECTED_ERRORS, FileNotFoundError, StyleError, StyleFileError) as error:
-        sys.exit(str(error))
+    entry.run(main, (*EXPECTED_ERRORS, FileNotFoundError, StyleError, StyleFileError), "Interrupted; the same command goes on.")

@@ -5,6 +5,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
+    from training.run import entry
+
+    entry.begin()
 
 import argparse
 
@@ -19,18 +22,20 @@ from training.run.config import MODEL
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write a student as other tools load it.")
-    parser.add_argument("--student", type=Path, required=True, metavar="FILE", help="student file")
+    parser.add_argument("--student", type=console.path, required=True, metavar="FILE", help="student file")
     format_help = (
         "animatediff: a motion module and, where the student has one, a LoRA, for ComfyUI and diffusers; "
         "diffusers: a folder that AnimateDiffPipeline loads, base included"
     )
     parser.add_argument("--format", choices=("animatediff", "diffusers"), required=True, help=format_help)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="where it is written; for diffusers a new folder"
+        "--out", type=console.path, required=True, metavar="FOLDER", help="where it is written; for diffusers a new folder"
     )
     model_help = "for diffusers the student's base: a diffusers folder or an SD1.5 checkpoint (default: the miniature)"
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="PATH", help=model_help)
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="CLIP's vocabulary, for a checkpoint in one file")
+    parser.add_argument("--model", type=console.path, default=MODEL, metavar="PATH", help=model_help)
+    parser.add_argument(
+        "--tokenizer", type=console.path, metavar="FOLDER", help="CLIP's vocabulary, for a checkpoint in one file"
+    )
     return parser.parse_args(argv)
 
 
@@ -53,4 +58,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

@@ -13,27 +13,32 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
+    from training.run import entry
+
+    entry.begin()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is local; nothing is looked up anywhere
 
 import argparse
 import logging
 
 import torch
+from diffusers import MotionAdapter
 
 from avdm2_nodes.diffusion.unets import video_predictor
 from avdm2_nodes.files.hashes import weights_hash
-from avdm2_nodes.files.stack import Stack, load_stack
+from avdm2_nodes.files.stack import Stack, load_motion, load_stack
 from training.data import DataError
-from training.data.cache import Unusable, is_cache, space_of, write_cache
-from training.data.clips import ClipFolder, needs_clips
+from training.data.cache import Cache, is_cache, space_of, write_cache
+from training.data.clips import ClipFolder, needs_clips, tell_of_rates
 from training.data.latents import Encoder
-from training.data.sources import render_clips
+from training.data.sources import render_clips, require_positions, require_whole
 from training.data.teacher_clips import read_prompts, sampled_clips
+from training.data.unusable import Unusable, counted, named, require_none
 from training.data.workers import encoded_videos, told_of_workers
 from training.method.errors import EXPECTED_ERRORS
 from training.run import console
 from training.run.command_line import load_config
-from training.run.config import DistillConfig
+from training.run.config import DistillConfig, ModelConfig
 from training.run.console import between
 from training.run.folder import RunFolder
 from training.run.precision import pick_device, uses_bf16
@@ -50,8 +55,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the cache goes")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="a text of prompts, one a line, for clips of the teacher")
+    parser.add_argument("--out", type=console.path, required=True, metavar="FOLDER", help="where the cache goes")
+    parser.add_argument(
+        "--prompts", type=console.path, metavar="FILE", help="a text of prompts, one a line, for clips of the teacher"
+    )
     parser.add_argument("--clips", type=between(1, 10**9), metavar="N", help="of the teacher (default: one a prompt)")
     workers_help = "processes that decode videos (default: one a CPU core)"
     parser.add_argument("--workers", type=between(0, 1024), default=os.cpu_count() or 1, metavar="N", help=workers_help)
@@ -79,29 +86,38 @@ def prepare(args: argparse.Namespace, config: DistillConfig) -> None:
     for part in (stack.vae, stack.text_encoder):
         part.to(device)
     encoder, space = Encoder(stack, device, config.run.precision), space_of(stack, config.data)
+    require_positions(stack.motion or _motion_of(model), config.data.frames)
     left_out: list[Unusable] = []
     if prompts:
-        count, space["stride"] = args.clips or len(prompts), None
+        count, space["stride"], space["fps"] = args.clips or len(prompts), None, None
+        require_whole(encoder.tell_of_cut(prompts), config.data.strict)
         torch.nn.Module.to(stack.teacher, device)  # diffusers' own `to` warns of parts that this UNet does not have
         source, make = sampled_clips(config, video_predictor(stack.teacher), weights_hash(stack.teacher), encoder, prompts)
     else:
         clips = open_videos(config)
-        count, left_out = len(clips), [Unusable(*pair) for pair in clips.skipped]
+        count, left_out = len(clips), clips.left_out
+        require_whole(encoder.tell_of_cut(clips.captions), config.data.strict)
         source, make = encoded_videos(clips, encoder, args.workers)
     source["precision"] = "bf16" if uses_bf16(device, config.run.precision) else "float32"
     with (
         RunFolder(args.out, count * _clip_bytes(config, stack, encoder) - _written_bytes(args.out), "--out"),
         told_of_workers(),
     ):
-        usable, skipped = write_cache(args.out, space, source, count, args.shard_clips, make)
-    for clip in skipped:
-        logger.warning("Skipped %s: %s", clip.name, clip.reason)
-    left_out = sorted(left_out + skipped, key=lambda clip: clip.name)
+        usable, skipped = write_cache(args.out, space, source, count, args.shard_clips, make, left_out)
+    named(skipped)
+    left_out = sorted([*left_out, *skipped], key=lambda clip: clip.name)
     if not usable:
         raise DataError(f"Expected clips that can be used, found {len(left_out)} that cannot, first: {left_out[0].reason}")
-    logger.info(
-        "%d clips are in %s, %d skipped. Train on them with --data.folder %s", usable, args.out, len(left_out), args.out
-    )
+    if not prompts and config.data.fps is None:
+        tell_of_rates(Cache(args.out, space).rates)
+    logger.info("%d clips are in %s, %s. Train on them with --data.folder %s", usable, args.out, counted(left_out), args.out)
+    require_none(left_out, args.prompts or config.data.folder, config.data.strict)
+
+
+def _motion_of(model: ModelConfig) -> MotionAdapter | None:
+    """The motion modules that training will take, where they are named or lie in the teacher's folder."""
+    beside = model.teacher / "motion_adapter"
+    return load_motion(model.motion or beside) if model.motion or beside.is_dir() else None
 
 
 def open_videos(config: DistillConfig) -> ClipFolder:
@@ -111,7 +127,9 @@ def open_videos(config: DistillConfig) -> ClipFolder:
         raise DataError(f"Expected videos or tar shards in {data.folder}, found a cache of them; train on it as it is.")
     if data.render and needs_clips(data.folder):
         render_clips(config)
-    return ClipFolder(data.folder, data.frames, data.height, data.width, data.stride, check=False)
+    return ClipFolder(
+        data.folder, data.frames, data.height, data.width, data.stride, check=False, fps=data.fps, strict=data.strict
+    )
 
 
 def _require_room_for_a_cache(folder: Path) -> None:
@@ -134,9 +152,4 @@ def _written_bytes(folder: Path) -> int:
 
 if __name__ == "__main__":
     console.set_up()
-    try:
-        main()
-    except EXPECTED_ERRORS as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("Interrupted; the same command goes on where it was.")
+    entry.run(main, EXPECTED_ERRORS, "Interrupted; the same command goes on where it was.")

@@ -6,6 +6,9 @@ from pathlib import Path
 if __name__ == "__main__":
     # In place of this script's own folder, so that it runs from anywhere with nothing of ours installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from training.run import entry
+
+    entry.begin()
 
 import argparse
 
@@ -17,6 +20,7 @@ from avdm2_nodes.diffusion.samplers import student_timesteps
 from avdm2_nodes.diffusion.schedules import TRAIN_TIMESTEPS
 from avdm2_nodes.diffusion.style import StyleError
 from avdm2_nodes.files.containers import FileFormatError
+from avdm2_nodes.files.paths import is_folder
 from avdm2_nodes.files.peers import is_peer, load_peer
 from avdm2_nodes.files.stack import StackError, load_stack
 from avdm2_nodes.files.student import read_student
@@ -24,12 +28,14 @@ from avdm2_nodes.files.student_info import StudentFileError
 from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import StyleFileError
 from avdm2_nodes.files.taesd import load_taesd_file
+from training.data.captions import cut_by
 from training.data.video import VideoError, codec, write_video
 from training.evaluation.sampling import (
     STYLE_MODES,
     SampleError,
     add_styles,
     generate,
+    require_positions,
     student_sampler,
     style_guide,
     teacher_sampler,
@@ -53,7 +59,7 @@ def sample(args: argparse.Namespace) -> None:
     """What the command line asks for. One of EXPECTED_ERRORS, before any clip is written or between two."""
     codec()  # before minutes of sampling
     outs = numbered(args.out, len(args.prompt))
-    if not args.out.parent.is_dir():
+    if not is_folder(args.out.parent):
         raise SampleError(f"Expected a folder at {args.out.parent} for {args.out.name}, found none; make it.")
     device, guiding = pick_device(), []
     if args.teacher:
@@ -71,9 +77,18 @@ def sample(args: argparse.Namespace) -> None:
         window, height, width = info.frames, info.height, info.width
         timesteps = student_timesteps(info.timesteps, args.steps or len(info.timesteps), info.chain)
         steps = len(timesteps)
+    require_positions(unet, window)
+    for prompt in cut_by(stack.tokenizer, args.prompt):
+        print(
+            f"This prompt is longer than the text encoder takes ({stack.tokenizer.model_max_length} tokens), the rest is not seen: "
+            f"{prompt}",
+            file=sys.stderr,
+        )
     frames, height, width = args.frames or window, args.height or height, args.width or width
     if args.taesd:
-        stack.vae = load_taesd_file(args.taesd)
+        latents, stack.vae = stack.vae.config.latent_channels, load_taesd_file(args.taesd)
+        if latents != stack.vae.config.latent_channels:
+            raise SampleError(f"Expected a model of SD1.5's latents for --taesd, found {latents} channels; leave out --taesd.")
     # diffusers' own `to` warns of parts that these networks do not have
     for network in (unet, *([stack.image_unet, *(style for style, _ in guiding)] if guiding else [])):
         torch.nn.Module.to(network, device, sampling_dtype(device))
@@ -110,13 +125,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Sample clips from a student, or from its teacher.")
     student_help = "student file, or an AnimateDiff-Lightning or AnimateLCM module (default: the shipped student)"
     who = parser.add_mutually_exclusive_group()
-    who.add_argument("--student", type=Path, default=STUDENT, metavar="FILE", help=student_help)
+    who.add_argument("--student", type=console.path, default=STUDENT, metavar="FILE", help=student_help)
     who.add_argument("--teacher", action="store_true", help="sample the teacher instead")
     model_help = "the teacher, or the student's base: a diffusers folder or an SD1.5 checkpoint (default: the miniature)"
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="PATH", help=model_help)
-    parser.add_argument("--motion", type=Path, metavar="PATH", help="motion modules of the teacher, where its folder has none")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="CLIP's vocabulary, for a checkpoint in one file")
-    parser.add_argument("--prompt", action="append", required=True, help="what the clip shows; repeat it for more clips")
+    parser.add_argument("--model", type=console.path, default=MODEL, metavar="PATH", help=model_help)
+    parser.add_argument(
+        "--motion", type=console.path, metavar="PATH", help="motion modules of the teacher, where its folder has none"
+    )
+    parser.add_argument(
+        "--tokenizer", type=console.path, metavar="FOLDER", help="CLIP's vocabulary, for a checkpoint in one file"
+    )
+    parser.add_argument(
+        "--prompt", type=console.prompt, action="append", required=True, help="what the clip shows; repeat it for more clips"
+    )
     parser.add_argument("--seed", type=between(0, 2**63 - 1), default=0, help="of each clip (default: 0)")
     steps_help = f"evaluations of the student (default: its own) or steps of the teacher (default: {TEACHER_STEPS})"
     parser.add_argument("--steps", type=between(1, TRAIN_TIMESTEPS), help=steps_help)
@@ -125,7 +146,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "another look for the student: a style file, or an image model (a diffusers folder or an SD1.5 checkpoint); repeat it "
         "for more styles"
     )
-    parser.add_argument("--style", type=Path, action="append", default=[], metavar="PATH", help=style_help)
+    parser.add_argument("--style", type=console.path, action="append", default=[], metavar="PATH", help=style_help)
     strength_help = "of each style in turn; 0 is the plain student (default: 1)"
     parser.add_argument("--style-strength", type=scale, action="append", default=[], metavar="NUMBER", help=strength_help)
     mode_help = (
@@ -134,7 +155,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--style-mode", choices=STYLE_MODES, default="guidance", help=mode_help)
     out_help = "video to write; several prompts are numbered (default: clip.mp4)"
-    parser.add_argument("--out", type=Path, default=Path("clip.mp4"), metavar="FILE", help=out_help)
+    parser.add_argument("--out", type=console.path, default=Path("clip.mp4"), metavar="FILE", help=out_help)
     parser.add_argument(
         "--frames",
         type=between(1, 1024),
@@ -144,7 +165,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--height", type=between(8, 8192), help="pixels (default: the model's)")
     parser.add_argument("--width", type=between(8, 8192), help="pixels (default: the model's)")
     taesd_help = "decode by TAESD's decoder (taesd_decoder.safetensors): fast, with less detail; of SD1.5 and its students"
-    parser.add_argument("--taesd", type=Path, metavar="FILE", help=taesd_help)
+    parser.add_argument("--taesd", type=console.path, metavar="FILE", help=taesd_help)
     compile_help = "compile the UNet first: takes minutes, once for all prompts; needs a C++ compiler, or Triton on a GPU"
     parser.add_argument("--compile", action="store_true", help=compile_help)
     args = parser.parse_args(argv)
@@ -176,4 +197,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry.run(main)

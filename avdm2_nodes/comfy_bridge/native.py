@@ -78,6 +78,7 @@ def image_model(unet: UNet2DConditionModel, latent_format, disable_dynamic: bool
             module.num_groups = config.norm_groups
     ours, names = unet.state_dict(), comfy.utils.unet_to_diffusers(config.unet_config)
     model.load_model_weights({theirs: ours[name].to(dtype) for name, theirs in names.items() if name in ours})
+    model.eval().requires_grad_(False)  # 0.8 leaves gradients on
     return core_patcher(disable_dynamic)(model, load_device=device, offload_device=offload)
 
 

@@ -20,6 +20,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..diffusion.windows import ANIMATEDIFF_FRAMES
 from ..errors import SentenceError
+from ..files.sentences import is_text
 from ..files.stack import stack_frames
 from ..files.student import student_path
 from . import folders
@@ -182,12 +183,9 @@ def settings_of(training: Training) -> dict[str, dict[str, Any]]:
 
 def prompts_file(folder: Path, prompts: str) -> Path:
     """Where the prompts of a run are written, under a name that other prompts do not have: they make another run."""
-    try:
-        return folder / f"prompts-{hashlib.sha256(prompts.encode()).hexdigest()[:12]}.txt"
-    except UnicodeEncodeError as error:
-        raise TrainingError(
-            "Expected prompts that are text, found a sign that is none (half a surrogate pair); take it out."
-        ) from error
+    if not is_text(prompts):
+        raise TrainingError("Expected prompts of whole characters, found half of one (a lone surrogate); take it out.")
+    return folder / f"prompts-{hashlib.sha256(prompts.encode()).hexdigest()[:12]}.txt"
 
 
 # ---- refused beforehand ----

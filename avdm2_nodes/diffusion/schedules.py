@@ -57,8 +57,8 @@ class Schedule:
         return (x_t - sigma * eps) / alpha
 
     def timestep_of(self, abar: Tensor) -> Tensor:
-        """The first timestep at which as much noise lies as at `abar` (B,), a value of another schedule; 999 where none does."""
-        return torch.searchsorted(-self.alphas_cumprod, -abar.double().cpu()).clamp(max=TRAIN_TIMESTEPS - 1)
+        """The first timestep at which as much noise lies as at `abar` (B,) on the CPU, a value of another schedule; 999 where none does."""
+        return torch.searchsorted(-self.alphas_cumprod, -abar.double()).clamp(max=TRAIN_TIMESTEPS - 1)
 
     def eps_from_x0(self, x_t: Tensor, x0: Tensor, t: Tensor | int) -> Tensor:
         """eps = (x_t - alpha_t x0) / sigma_t."""

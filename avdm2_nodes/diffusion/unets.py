@@ -5,18 +5,21 @@ images, timesteps (B,) or (), text embeddings (B, L, D), and the predicted noise
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .schedules import classifier_free_guidance
 
 Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
+Unet = TypeVar("Unet", UNetMotionModel, UNet2DConditionModel)
 
 
 def zero_motion(motion: MotionAdapter) -> MotionAdapter:
@@ -32,40 +35,84 @@ def video_unet(image_unet: UNet2DConditionModel, motion: MotionAdapter) -> UNetM
     require_matching_motion(image_unet, motion)
     with torch.device("meta"):  # its weights come below: none is drawn at random first
         unet = UNetMotionModel.from_unet2d(image_unet, motion, load_weights=False)
-    weights = image_unet.state_dict() | motion.state_dict()
-    unet.load_state_dict({name: w.to(image_unet.dtype, copy=True) for name, w in weights.items()}, assign=True)
+    weights, dtype = image_unet.state_dict() | motion.state_dict(), _dtype(image_unet)
+    unet.load_state_dict({name: weight.to(dtype, copy=True) for name, weight in weights.items()}, assign=True)
     return without_waste(unet)
 
 
 def require_matching_motion(image_unet: UNet2DConditionModel, motion: MotionAdapter) -> None:
-    """ValueError where the motion adapter was made for an image UNet of other widths."""
+    """ValueError where the motion adapter was made for an image UNet of other widths, or of other layers in a block."""
     unet_widths, motion_widths = tuple(image_unet.config.block_out_channels), tuple(motion.config.block_out_channels)
     if unet_widths != motion_widths:
         raise ValueError(
             f"Expected a motion module for an image UNet of widths {unet_widths}, found one for {motion_widths}; "
             "use a motion module that was made for this base model."
         )
+    unet_layers, motion_layers = (
+        list(layers) if isinstance(layers, (list, tuple)) else [layers] * len(unet_widths)
+        for layers in (image_unet.config.layers_per_block, motion.config.motion_layers_per_block)
+    )
+    if unet_layers != motion_layers:
+        raise ValueError(
+            f"Expected a motion module for an image UNet of {unet_layers} layers a block, found one for {motion_layers}; "
+            "use a motion module that was made for this base model."
+        )
 
 
 class OneTextAClip(AttnProcessor2_0):
-    """Cross-attention of B * F frames on B texts: a clip's frames are one long row of queries, keys and values are made once a clip."""
+    """Attention of SD1.5's layers, in which B * F frames may read B texts, and whose output is not divided by 1.
 
-    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **kwargs).reshape(hidden_states.shape)
+    In cross-attention a clip's frames are one long row of queries; keys and values are made once a clip.
+    """
+
+    def __call__(
+        self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask=None, *args, **kwargs
+    ) -> Tensor:
+        if attention_mask is not None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+        read = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        rows = attn.to_q(hidden_states), attn.to_k(read), attn.to_v(read)
+        query, key, value = (x.view(len(read), -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2) for x in rows)
+        made = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows[0].shape)
+        return attn.to_out[1](attn.to_out[0](made))
 
 
-def without_waste(unet: UNetMotionModel) -> UNetMotionModel:
-    """The same video UNet, made to read B rows of text in place of B * F and to multiply motion modules' inputs as one matrix.
+class Residual(ResnetBlock2D):
+    """A residual layer of SD1.5, whose output is not divided by 1."""
 
-    As diffusers has it, `proj_in` of a motion module gets, of a single clip, a view that torch cannot see as one matrix; a frozen one
-    then multiplies place by place with as many copies of its weight: on a CPU a fifth of an evaluation of SD1.5.
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args, **kwargs) -> Tensor:
+        hidden = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        hidden = hidden + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+        hidden = self.conv2(self.dropout(self.nonlinearity(self.norm2(hidden))))
+        return (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)) + hidden
+
+
+def without_waste(unet: Unet) -> Unet:
+    """The same video or image UNet, made to do less for the same numbers.
+
+    It reads B rows of text in place of B * F, divides nothing by 1 and multiplies motion modules' inputs as one matrix. As diffusers
+    has it, `proj_in` of a motion module gets, of a single clip, a view that torch cannot see as one matrix; a frozen one then
+    multiplies place by place with as many copies of its weight: on a CPU a fifth of an evaluation of SD1.5.
     """
     for module in unet.modules():
         if isinstance(module, AnimateDiffTransformer3D):
             module.proj_in.register_forward_pre_hook(_contiguous, with_kwargs=True)
-        elif isinstance(module, BasicTransformerBlock) and module.attn2 is not None and module.attn2.is_cross_attention:
-            module.attn2.set_processor(OneTextAClip())
+        elif isinstance(module, Attention) and _is_plain_attention(module):
+            module.set_processor(OneTextAClip())
+        elif type(module) is ResnetBlock2D and _is_plain_residual(module):
+            module.__class__ = Residual
     return unet
+
+
+def _is_plain_attention(attn: Attention) -> bool:
+    norms = attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k
+    return not any(norms) and not attn.residual_connection and attn.rescale_output_factor == 1
+
+
+def _is_plain_residual(layer: ResnetBlock2D) -> bool:
+    others = layer.upsample, layer.downsample, layer.skip_time_act
+    plain = layer.output_scale_factor == 1 and layer.time_embedding_norm == "default" and layer.time_emb_proj is not None
+    return plain and not any(others)
 
 
 def _contiguous(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -127,6 +174,7 @@ def encoder_features(unet: UNetMotionModel, x_t: Tensor, t: Tensor, text: Tensor
     t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
     emb = repeat(unet.time_embedding(unet.time_proj(t).to(_dtype(unet))), "b d -> (b f) d", f=frames)
     hidden = unet.conv_in(rearrange(x_t, "b c f h w -> (b f) c h w").to(_dtype(unet)))
+    text = text.to(_dtype(unet))
     features = []
     for block in unet.down_blocks:
         if getattr(block, "has_cross_attention", False):

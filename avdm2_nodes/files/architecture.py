@@ -9,7 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch import Tensor
 
+from .bounds import immodest
 from .lora import lora_shapes
+from .sentences import one_line, reason
 from .student_info import StudentFileError, StudentInfo
 
 _CONFIG_KEYS = frozenset(inspect.signature(UNetMotionModel.__init__).parameters) - {"self"}
@@ -22,13 +24,17 @@ def unet_config(unet: UNetMotionModel) -> dict:
 
 
 def meta_unet(info: StudentInfo, name: str | Path) -> UNetMotionModel:
-    """The student's UNet without memory, for its names and shapes."""
+    """The student's UNet without memory, for its names and shapes. StudentFileError for settings that build none."""
+    if found := immodest(info.unet_config):
+        raise StudentFileError(
+            f"Expected the settings of a UNetMotionModel in {name}, found {found}, which no such network has."
+        )
     try:
         with torch.device("meta"):
             return UNetMotionModel(**info.unet_config)
     except Exception as error:  # diffusers raises a dozen kinds for one cause
         raise StudentFileError(
-            f"Expected the settings of a UNetMotionModel in {name}, found some that build none ({str(error).strip()[:200]}); "
+            f"Expected the settings of a UNetMotionModel in {name}, found some that build none ({reason(error)}); "
             "it is of another architecture."
         ) from error
 
@@ -53,7 +59,7 @@ def require_tensors(info: StudentInfo, tensors: Mapping[str, Tensor], name: str 
             key for key, t in tensors.items() if key in shapes and (t.shape != shapes[key] or not t.is_floating_point())
         ],
     }
-    found = [f"{len(keys)} {kind} (such as {min(keys)})" for kind, keys in problems.items() if keys]
+    found = [f"{len(keys)} {kind} (such as {one_line(min(keys))})" for kind, keys in problems.items() if keys]
     if found:
         widths = info.unet_config.get("block_out_channels")
         raise StudentFileError(

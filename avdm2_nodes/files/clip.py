@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .containers import FileFormatError
+from .paths import is_file
+from .sentences import FileFormatError, reason
 
 _TOKENS = 49408
 _LENGTH = 77
@@ -22,7 +23,7 @@ def clip_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
     FileFormatError where there is neither, or the vocabulary is another.
     """
     if folder is not None:
-        missing = [name for name in ("vocab.json", "merges.txt") if not (Path(folder) / name).is_file()]
+        missing = [name for name in ("vocab.json", "merges.txt") if not is_file(Path(folder) / name)]
         if missing:
             raise FileFormatError(
                 f"Expected CLIP's vocabulary (vocab.json and merges.txt) in {folder}, found no {missing[0]}; name another folder."
@@ -61,7 +62,7 @@ def _tokenizer(folder: Path, source: Path | None = None) -> CLIPTokenizer:
         )  # fmt: skip
         found = f"one of {len(tokenizer)} tokens, the end at {tokenizer.eos_token_id}"
     except Exception as error:  # transformers and tokenizers raise a dozen kinds for one cause
-        tokenizer, found = None, (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        tokenizer, found = None, reason(error)
     if tokenizer is None or len(tokenizer) != _TOKENS or tokenizer.eos_token_id != _TOKENS - 1:
         raise FileFormatError(
             f"Expected CLIP's vocabulary of {_TOKENS} tokens in {source or folder}, found {found}; name another folder."

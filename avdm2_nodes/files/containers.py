@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import SentenceError
+from .paths import require_file
+from .pickles import LONGEST_NAME, MOST_TENSORS, damaged, unpickled
+from .sentences import FileFormatError, is_text, one_line, reason, told
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +27,7 @@ SUFFIX = ".safetensors"
 SAFETENSORS = (SUFFIX, ".sft")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
-_HEADER_LIMIT = 100_000_000  # bytes of a .safetensors' header; the library's own limit
-
-
-class FileFormatError(SentenceError, ValueError):
-    """A model file that cannot be read, written or used; the message is one sentence that names it."""
+_HEADER_LIMIT = 16 * 2**20  # bytes of a .safetensors' header; the largest models' with all their notes have two million
 
 
 @dataclass(frozen=True)
@@ -47,32 +45,35 @@ def read_layout(path: Path) -> Layout:
     page saved in its stead, a Git LFS pointer), or a pickle that needs code to run.
     """
     path = Path(path)
-    _require_container(path)
-    if path.suffix.lower() in SAFETENSORS:
-        shapes, metadata = _safetensors_header(path)
-        return Layout(_without_wrapper(shapes), metadata)
-    tensors = _without_wrapper(_unpickled(path, "meta"))
-    return Layout({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    with told(path, "a model file"):
+        _require_container(path)
+        if path.suffix.lower() in SAFETENSORS:
+            shapes, metadata = _safetensors_header(path)
+            return Layout(_bare(shapes, metadata, path), metadata)
+        return Layout({name: tuple(tensor.shape) for name, tensor in _bare(unpickled(path, "meta"), {}, path).items()})
 
 
 def read_tensors(path: Path) -> "dict[str, Tensor]":
     """Every tensor of a file by name, in its own dtype, on the CPU. FileFormatError as `read_layout`.
 
     The tensors may lie in the file itself, mapped into memory: copy what is to outlive it. The wrappers that training code puts
-    around the names, `state_dict` and a common `module.`, are taken off.
+    around the names are taken off, and a tensor that was left out because another is the same one is put back.
     """
     path = Path(path)
-    _require_container(path)
-    if path.suffix.lower() not in SAFETENSORS:
-        return _without_wrapper(_unpickled(path, "cpu"))
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    with told(path, "a model file"):
+        _require_container(path)
+        if path.suffix.lower() not in SAFETENSORS:
+            return _bare(unpickled(path, "cpu"), {}, path)
+        _, metadata = _safetensors_header(path)  # its sentences are better than the library's
+        from safetensors import SafetensorError
+        from safetensors.torch import load, load_file
 
-    _safetensors_header(path)  # its sentences are better
-    try:
-        return _without_wrapper(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from error
+        try:
+            # The library opens no file whose name is not UTF-8, which other systems write.
+            tensors = load_file(path) if is_text(str(path)) else load(path.read_bytes())
+            return _bare(tensors, metadata, path)
+        except SafetensorError as error:
+            raise damaged(path, error) from error
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> None:
@@ -92,13 +93,12 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping
         with temporary.open("rb+") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        cause = getattr(error, "strerror", None) or error
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: of a name that no file can have
         raise FileFormatError(
-            f"Expected room and the right to write {path}, found: {cause}; name another place or make room."
+            f"Expected room and the right to write {path}, found: {reason(error)}; name another place or make room."
         ) from error
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
 
 
@@ -116,16 +116,11 @@ def _apart(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
 def _require_container(path: Path) -> None:
     """FileFormatError unless there is a file whose first bytes are of what its suffix says."""
     suffixes = ", ".join((*SAFETENSORS, *PICKLES))
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise FileFormatError(f"Expected a model file at {path}, found {found}; check the path.")
+    require_file(path)
     if path.suffix.lower() not in (*SAFETENSORS, *PICKLES):
         raise FileFormatError(f"Expected a model file ({suffixes}), found {path}; choose a file of these kinds.")
-    try:
-        with path.open("rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise FileFormatError(f"Expected a model file at {path}, found: {error.strerror}; check its rights.") from error
+    with path.open("rb") as file:
+        head = file.read(512)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     found = None
     if not head:
@@ -142,22 +137,15 @@ def _require_container(path: Path) -> None:
         raise FileFormatError(f"Expected a model file at {path}, found {found}.")
 
 
-def _damaged(path: Path, cause: object) -> FileFormatError:
-    first_line = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200].rstrip(".")
-    return FileFormatError(
-        f"Expected a whole model file at {path}, found it truncated or damaged ({first_line}); download or copy it again."
-    )
-
-
 def _safetensors_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shapes and metadata from the header: 8 bytes of length, JSON, then the tensors one after another."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size < 8:
-            raise _damaged(path, f"{size} bytes")
+            raise damaged(path, f"{size} bytes")
         (length,) = struct.unpack("<Q", file.read(8))
         if length > min(size - 8, _HEADER_LIMIT):
-            raise _damaged(path, f"it announces a header of {length} bytes and has {size} in all")
+            raise damaged(path, f"it announces a header of {length} bytes and has {size} in all")
         text = file.read(length)
     try:
         header = json.loads(text)
@@ -166,84 +154,55 @@ def _safetensors_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[st
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that are no texts")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise _damaged(path, f"its header: {error}") from error
+        raise damaged(path, f"its header: {reason(error)}") from error
     announced = 8 + length + max((end for _, end in entries.values()), default=0)
-    if announced != size:
-        raise _damaged(path, f"{size} bytes in place of {announced}")
+    if announced < size:
+        raise FileFormatError(
+            f"Expected a model file at {path}, found {size - announced} bytes behind the last of its tensors, which other programs "
+            "refuse too; copy it again, or cut them off."
+        )
+    if announced > size:
+        raise damaged(path, f"{size} bytes in place of {announced}")
     return {name: shape for name, (shape, _) in entries.items()}, metadata
 
 
 _BITS = re.compile(r"\d+")  # of F32, BF16, I64, F8_E4M3: a number's bits, the first digits in its name
+_MOST_AXES = 8
 
 
 def _shape_and_end(entry: dict) -> tuple[tuple[int, ...], int]:
     shape, (start, end) = entry["shape"], entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-        raise ValueError(f"sizes {shape}, {start}, {end}")
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)) or len(shape) > _MOST_AXES:
+        raise ValueError(f"sizes {one_line(shape)}, {start}, {end}")
     bits = _BITS.search(entry["dtype"])
-    if bits and int(bits[0]) >= 8 and math.prod(shape) * int(bits[0]) != 8 * (end - start):
+    if bits and int(bits[0][:4]) >= 8 and math.prod(shape) * int(bits[0][:4]) != 8 * (end - start):
         raise ValueError(f"a tensor of shape {shape} in {end - start} bytes")
     return tuple(shape), end
 
 
-def _unpickled(path: Path, device: str) -> "dict[str, Tensor]":
-    """The tensors in a pickled dict and in the dicts right below it (names joined by a dot), on "cpu" or "meta"."""
-    import pickle
-
-    import torch
-
-    with path.open("rb") as file:
-        head = file.read(4)
-    others = (
-        torch.serialization.get_safe_globals()
-    )  # ComfyUI's among them, whose names for the same things are functions that run
-    torch.serialization.clear_safe_globals()
-    try:
-        with torch.serialization.safe_globals(_shells()):
-            saved = torch.load(path, map_location=device, weights_only=True, mmap=head == b"PK\x03\x04")
-    except pickle.UnpicklingError as error:
-        if not head.startswith((b"PK\x03\x04", b"\x80")):
-            raise _damaged(path, "no pickle") from error
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        named = f" ({wanted[1]})" if wanted else ""
-        raise FileFormatError(
-            f"Expected a file of weights alone at {path}, found a pickle that needs code to run{named}; "
-            "choose its .safetensors version."
-        ) from error
-    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
-        raise _damaged(path, error) from error
-    finally:
-        torch.serialization.add_safe_globals(others)
-    if not isinstance(saved, Mapping):
-        raise FileFormatError(f"Expected tensors by name at {path}, found a {type(saved).__name__}; choose another file.")
-    if isinstance(saved.get("state_dict"), Mapping):
-        saved = saved["state_dict"]
-    flat = {str(key): value for key, value in saved.items()}
-    for key, value in saved.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{inner}": tensor for inner, tensor in value.items()}
-    return {key: value for key, value in flat.items() if isinstance(value, torch.Tensor)}
+def _bare(named: dict, metadata: Mapping[str, str], path: Path) -> dict:
+    """Tensors or shapes by the names that the network gave them; FileFormatError for more or longer names than a model has."""
+    longest = max(named, key=len, default="")
+    if len(named) > MOST_TENSORS or len(longest) > LONGEST_NAME:
+        found = f"{len(named)} tensors" if len(named) > MOST_TENSORS else f"a tensor with a name of {len(longest)} letters"
+        raise FileFormatError(f"Expected a model file at {path}, found {found}, more than any has; choose another file.")
+    # safetensors' save_model writes tensors that are one and the same once, and notes the others' names in the metadata.
+    named = named | {name: named[kept] for name, kept in metadata.items() if kept in named and name not in named}
+    while prefix := next((p for p in _PREFIXES if named and all(name.startswith(p) for name in named)), None):
+        if prefix in _OF_MOTION and not any(".motion_modules." in name for name in named):
+            break
+        named = {name.removeprefix(prefix): value for name, value in named.items()}
+    return named
 
 
-def _shells() -> list[type]:
-    """Empty classes for what the first Stable Diffusion checkpoints hold beside their weights (a Lightning callback's score)."""
-
-    class Shell:
-        def __init__(self, *_):
-            pass
-
-        def __setstate__(self, _):
-            pass
-
-    names = (
-        ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy", "dtype"),
-    )
-    return [type(name, (Shell,), {"__module__": module}) for module, name in names]
-
-
-def _without_wrapper(named: dict) -> dict:
-    """The names without `module.`, which distributed training puts before each."""
-    wrapped = named and all(name.startswith("module.") for name in named)
-    return {name.removeprefix("module."): value for name, value in named.items()} if wrapped else named
+_OF_MOTION = (
+    "unet.",
+    "model.",
+    "motion_module.",
+    "state_dict.",
+)  # wrappers around motion modules; of other models a part's name
+_PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    *_OF_MOTION,
+)  # which distributed training, compiling and training code put before each name

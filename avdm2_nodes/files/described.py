@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .containers import FileFormatError, write_tensors
+from .containers import SAFETENSORS, read_layout, read_tensors, write_tensors
+from .paths import require_file
+from .sentences import FileError, reason, whole_number
 
 OURS, MODELSPEC = "avdm2.", "modelspec."
 STRICT = ConfigDict(extra="forbid")  # of the pydantic dataclasses
@@ -30,7 +31,7 @@ class Description:
     """What is common to the pydantic dataclasses that metadata are made of; they have fields title, date and license."""
 
     KIND: ClassVar[str]  # in sentences: "student"
-    ERROR: ClassVar[type[ValueError]]  # raised for files of this kind
+    ERROR: ClassVar[type[FileError]]  # raised for files of this kind
     REMEDY: ClassVar[str]  # for a damaged one: "copy or export it again"
     ARCHITECTURE: ClassVar[str]  # ModelSpec's
     VERSION_FIELD: ClassVar[str]  # whose key in the metadata no other file has
@@ -61,7 +62,7 @@ class Description:
         version = metadata.get(OURS + cls.VERSION_FIELD)
         if version is None:
             raise cls.ERROR(f"Expected a {cls.KIND} file at {name}, found {found}; choose a {cls.KIND}.")
-        if version.isdecimal() and int(version) > cls.VERSION:
+        if version.isdecimal() and (whole_number(version) or cls.VERSION + 1) > cls.VERSION:
             raise cls.ERROR(
                 f"Expected a {cls.KIND} file of version {cls.VERSION} or older in {name}, found {version}; update this project."
             )
@@ -72,7 +73,9 @@ class Description:
         except ValidationError as error:
             raise cls.ERROR(f"Expected a whole {cls.KIND} file at {name}, found {_problem(error)}; {cls.REMEDY}.") from error
         except (ValueError, RecursionError) as error:  # of JSON
-            raise cls.ERROR(f"Expected JSON in {' and '.join(cls.IN_JSON)} of {name}, found: {error}; {cls.REMEDY}.") from error
+            raise cls.ERROR(
+                f"Expected JSON in {' and '.join(cls.IN_JSON)} of {name}, found: {reason(error)}; {cls.REMEDY}."
+            ) from error
 
 
 def _problem(error: ValidationError) -> str:
@@ -89,7 +92,7 @@ def write_described(path: Path, tensors: Mapping[str, Tensor], info: Description
     """Writes a file, whole or not at all. The ERROR of `info` for another suffix, no such folder, no right to write or no room."""
     try:
         write_tensors(path, tensors, info.to_metadata())
-    except FileFormatError as error:
+    except FileError as error:
         raise info.ERROR(str(error)) from error
 
 
@@ -101,29 +104,22 @@ def read_described(
     The ERROR of `kind` for a file that is missing, truncated, of a newer version or of another kind, which `found` names.
     """
     path = Path(path)
-    if not path.is_file():
-        raise kind.ERROR(
-            f"Expected a {kind.KIND} file at {path}, found {'a folder' if path.is_dir() else 'nothing'}; check the path."
-        )
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            other = "" if OURS + kind.VERSION_FIELD in metadata else found(path)
-            info = kind.from_metadata(metadata, path, other)
-            return info, {key: file.get_tensor(key) for key in file.keys()}
-    except FileFormatError as error:  # of `found`: it is not even what its suffix says
+        require_file(path, f"a {kind.KIND} file")
+        layout = read_layout(path)
+        other = "" if OURS + kind.VERSION_FIELD in layout.metadata else found(path)
+        info = kind.from_metadata(layout.metadata, path, other)
+        return info, read_tensors(path)
+    except kind.ERROR:
+        raise
+    except FileError as error:
         raise kind.ERROR(str(error)) from error
-    except (OSError, SafetensorError) as error:
-        raise kind.ERROR(
-            f"Expected a readable {kind.KIND} file at {path}, found it truncated, damaged or of another kind ({error}); "
-            f"{kind.REMEDY}."
-        ) from error
 
 
 def is_described(path: Path, kind: type[Description]) -> bool:
-    """True for a readable .safetensors that says it is of this kind."""
+    """True for a readable .safetensors that says it is of this kind; never fails."""
+    path = Path(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            return OURS + kind.VERSION_FIELD in (file.metadata() or {})
-    except (OSError, SafetensorError):
+        return path.suffix.lower() in SAFETENSORS and OURS + kind.VERSION_FIELD in read_layout(path).metadata
+    except FileError:
         return False

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 from diffusers import EulerDiscreteScheduler, LCMScheduler
+from safetensors import SafetensorError
 from torch import nn
 
 from ..diffusion.schedules import VIDEO
 from .containers import SUFFIX
 from .lora import export_lora_file, lora_layers
 from .motion import HEADS_KEY, export_motion_file
+from .sentences import reason, told_writing
 from .stack import Stack
 from .student import Student, student_path
 from .student_info import StudentFileError, StudentInfo
@@ -35,10 +37,11 @@ def export_animatediff(student: Student, folder: Path, name: str, lora_folder: P
     stems = [student_path(place, name).with_suffix("") for place in (folder, lora_folder or folder)]
     paths = [stem.with_name(f"{stem.name}_{part}{SUFFIX}") for stem, part in zip(stems, ("motion", "lora"), strict=True)]
     paths = paths[:1] if info.holds == "motion" else paths
-    if taken := next((path for path in paths if path.exists()), None):
-        raise StudentFileError(f"Expected a new name, found {taken.name} there already; choose another name.")
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with told_writing(paths[0], StudentFileError):
+        if taken := next((path for path in paths if path.exists()), None):
+            raise StudentFileError(f"Expected a new name, found {taken.name} there already; choose another name.")
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {key: text for key, text in info.to_metadata().items() if key.startswith("modelspec.")}
     metadata[HEADS_KEY] = str(info.unet_config.get("motion_num_attention_heads", 8))
     try:
@@ -60,21 +63,23 @@ def export_diffusers(student: Student, stack: Stack, folder: Path) -> None:
     from diffusers import AnimateDiffPipeline  # imports much that nothing else here needs
 
     folder, info = Path(folder), student.info
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StudentFileError(f"Expected a new or empty folder at {folder}, found something in it; name another.")
+    with told_writing(folder, StudentFileError):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise StudentFileError(f"Expected a new or empty folder at {folder}, found something in it; name another.")
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     scheduler = diffusers_scheduler(info)
     unet = nn.Module.half(student_unet(student, stack.image_unet))  # diffusers' own warns of parts that this UNet does not have
     pipeline = AnimateDiffPipeline(stack.vae, stack.text_encoder, stack.tokenizer, unet, None, scheduler)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        pipeline.save_pretrained(temporary)
-        (temporary / "README.md").write_text(_readme(info), encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except OSError as error:
+        with told_writing(folder, StudentFileError):
+            pipeline.save_pretrained(temporary)
+            (temporary / "README.md").write_text(_readme(info), encoding="utf-8")
+            if folder.exists():
+                folder.rmdir()
+            temporary.rename(folder)
+    except SafetensorError as error:  # of its own, though the system's is behind it
         raise StudentFileError(
-            f"Expected room and the right to write {folder}, found: {error.strerror or error}; name another place or make room."
+            f"Expected room to write {folder}, found: {reason(error)}; name another place or make room."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -4,17 +4,21 @@ Ours are peft's names, `<module>.lora_A.weight` (rank, in, ...) and `<module>.lo
 diffusers both read.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .containers import FileFormatError, read_tensors, write_tensors
+from .containers import read_tensors, write_tensors
 from .recognise import require
+from .sentences import FileFormatError, one_line
+from .weights import require_weights
 
 Layer = tuple[Tensor, Tensor, float]  # down (rank, in, ...), up (out, rank, ...), alpha
 
+_LARGEST_RANK = 1280  # SD1.5's widest layers have no more
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -78,25 +82,42 @@ def export_lora_file(
     )
 
 
-def load_lora_file(path: Path, modules: Iterable[str]) -> dict[str, Layer]:
+def load_lora_file(path: Path, weights: Mapping[str, torch.Size]) -> dict[str, Layer]:
     """The LoRA layers in a file with kohya's names, by module of diffusers' UNet; the inverse of `export_lora_file`.
 
-    `modules` are the UNet's. FileFormatError for a file that is something else or has layers of another network, as those of a text
-    encoder are.
+    `weights` are the shapes of the UNet's parameters by name. FileFormatError for a file that is something else or has layers of another
+    network, as those of a text encoder or of another width are.
     """
     path = Path(path)
     require(path, ("lora",), "a LoRA for SD1.5")
     tensors = read_tensors(path)
+    alphas = {key: tensors.pop(key) for key in [*tensors] if key.endswith(".alpha")}  # a number each, whole in some files
+    require_weights(tensors, path, "a LoRA's weights", "choose another")
+    modules = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
     down, names = ".lora_down.weight", {"lora_unet_" + module.replace(".", "_"): module for module in modules}
-    layers = {}
+    layers, unlike = {}, []
     for key in [key for key in tensors if key.endswith(down)]:
         name = key.removesuffix(down)
-        alpha = tensors.pop(f"{name}.alpha", torch.tensor(float(len(tensors[key]))))  # without one, the rank
         up = tensors.get(f"{name}.lora_up.weight")
-        if name in names and up is not None:
-            layers[names[name]] = tensors.pop(key), tensors.pop(f"{name}.lora_up.weight"), alpha.item()
+        if name not in names or up is None:
+            continue
+        first, last = tensors.pop(key), tensors.pop(f"{name}.lora_up.weight")
+        rank = len(first) if first.ndim else 0
+        alpha = alphas.get(f"{name}.alpha", torch.tensor(float(rank)))  # without one, the rank
+        module = names[name]
+        fitting = lora_shapes(weights, [module + _DOWN], rank)
+        found = {module + _DOWN: tuple(first.shape), module + _UP: tuple(last.shape)}
+        if found != fitting or rank > _LARGEST_RANK or alpha.numel() != 1 or not math.isfinite(alpha.float().item()):
+            unlike.append(name)
+        else:
+            layers[module] = first, last, alpha.item()
+    if unlike:
+        raise FileFormatError(
+            f"Expected LoRA of this UNet's layers in {path}, found {len(unlike)} of other widths, ranks or alphas (such as "
+            f"{one_line(min(unlike))}); choose another."
+        )
     if tensors or not layers:
-        found = f"{len(tensors)} others (such as {min(tensors)})" if tensors else "none"
+        found = f"{len(tensors)} others (such as {one_line(min(tensors))})" if tensors else "none"
         raise FileFormatError(
             f"Expected LoRA layers of SD1.5's UNet with kohya's names in {path}, found {found}; choose another."
         )

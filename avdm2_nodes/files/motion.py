@@ -14,10 +14,15 @@ from diffusers import MotionAdapter
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor
 
-from .containers import FileFormatError, read_layout, read_tensors, write_tensors
-from .recognise import motion_widths, require
+from .containers import Layout, read_layout, read_tensors, write_tensors
+from .recognise import motion_widths, recognise, require
+from .sentences import FileFormatError, one_line, whole_number
+from .weights import require_weights
 
-_KINDS = ("motion-v1", "motion-v2", "motion-v3", "motion-animatelcm")
+_ANIMATELCM = "motion-animatelcm"
+_KINDS = ("motion-v1", "motion-v2", "motion-v3", _ANIMATELCM)
+_WHOLE = "video-unet"  # AnimateDiff's own training saves the spatial layers along
+_MOST_BLOCKS, _MOST_LAYERS = 8, 8  # published modules have four blocks of two or three layers
 _ANIMATELCM_FRAMES = 64  # it keeps no position encoding; AnimateDiff-Evolved takes this length
 
 # Original, diffusers'; within a motion module.
@@ -42,42 +47,57 @@ def load_motion_file(path: Path, heads: int | None = None, norm_groups: int = 32
 
     Widths, layers, mid block and length come from the shapes, the position encodings from the file (AnimateLCM has none and gets
     diffusers' sinusoid of 64 frames). Heads leave no trace in the shapes: unless given they are those that our exports note in the
-    metadata, else 8 as in every published module, as are 32 norm groups (a video UNet takes its own). FileFormatError for a file
-    that is something else, damaged, or made for another number of heads.
+    metadata, else 8 as in every published module, as are 32 norm groups (a video UNet takes its own). Of a whole video UNet, as
+    AnimateDiff's training saves it, the motion modules are taken. FileFormatError for a file that is something else, damaged, or made
+    for another number of heads.
     """
     path = Path(path)
-    kind = require(path, _KINDS, "an AnimateDiff motion module for SD1.5")
-    noted = read_layout(path).metadata.get(HEADS_KEY, "8")
-    heads = heads or (int(noted) if noted.isdecimal() and int(noted) else 8)
-    original = read_tensors(path)
+    kind = require(path, (*_KINDS, _WHOLE), "an AnimateDiff motion module for SD1.5")
+    heads = heads or whole_number(read_layout(path).metadata.get(HEADS_KEY, "8")) or 8
+    original = {key: tensor for key, tensor in read_tensors(path).items() if ".motion_modules." in key}
+    if kind.id == _WHOLE:
+        kind = recognise(Layout({key: tuple(tensor.shape) for key, tensor in original.items()}))
+        if kind.id not in _KINDS:
+            raise _unusable(path, kind.phrase)
+    require_weights(original, path, "a motion module's weights")
     for key, tensor in original.items():
         if key.endswith(_POSITIONS[0]):
             second = original.get(key.replace(*_POSITIONS))
             if second is None or not torch.equal(tensor, second):
-                raise _unusable(path, f"{key} unlike that of the other attention block, and diffusers holds one for both")
+                raise _unusable(
+                    path, f"{one_line(key)} unlike that of the other attention block, and diffusers holds one for both"
+                )
     tensors = to_diffusers_keys(original)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     widths = motion_widths(shapes)
     if not widths or any(width % heads or width % norm_groups for width in widths):
         raise _unusable(path, f"widths {widths}, which {heads} heads and {norm_groups} norm groups do not divide")
-    if kind.id == "motion-animatelcm":
-        tensors |= _sinusoids(shapes)
+    layers = _count(shapes, r"down_blocks\.0\.motion_modules\.(\d+)\.")
+    within = _count(shapes, r"down_blocks\.0\.motion_modules\.0\.transformer_blocks\.(\d+)\.")
+    lengths = {shape[1] for key, shape in shapes.items() if key.endswith(".pe") and len(shape) == 3}
+    if kind.id == _ANIMATELCM:
+        lengths = {_ANIMATELCM_FRAMES}
+    if len(widths) > _MOST_BLOCKS or layers * within > _MOST_LAYERS or not lengths:
+        found = f"{len(widths)} blocks of {layers} layers" if lengths else "no position encodings (1, frames, width)"
+        raise _unusable(path, found)
     with torch.device("meta"):
         motion = MotionAdapter(
             block_out_channels=widths,
-            motion_layers_per_block=_count(shapes, r"down_blocks\.0\.motion_modules\.(\d+)\."),
-            motion_transformer_layers_per_block=_count(
-                shapes, r"down_blocks\.0\.motion_modules\.0\.transformer_blocks\.(\d+)\."
-            ),
+            motion_layers_per_block=layers,
+            motion_transformer_layers_per_block=within,
             motion_num_attention_heads=heads,
             motion_norm_num_groups=norm_groups,
-            motion_max_seq_length=max(t.shape[1] for key, t in tensors.items() if key.endswith(".pe") and t.ndim == 3),
+            motion_max_seq_length=max(lengths),
             use_motion_mid_block=any(key.startswith("mid_block.") for key in shapes),
         )
-    expected = {key: tensor.shape for key, tensor in motion.state_dict().items()}
-    unlike = [key for key in expected.keys() | tensors.keys() if key not in tensors or expected.get(key) != tensors[key].shape]
+    expected = {key: tuple(tensor.shape) for key, tensor in motion.state_dict().items()}
+    # AnimateLCM's position encodings are made below, once the widths are known to be those of its weights.
+    made = {key: shape for key, shape in expected.items() if key.endswith(".pe") and kind.id == _ANIMATELCM}
+    shapes |= made
+    unlike = [key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key)]
     if unlike:
-        raise _unusable(path, f"{len(unlike)} layers unlike those of one of widths {widths} (such as {min(unlike)})")
+        raise _unusable(path, f"{len(unlike)} layers unlike those of one of widths {widths} (such as {one_line(min(unlike))})")
+    tensors |= {key: SinusoidalPositionalEmbedding(width, length).pe for key, (_, length, width) in made.items()}
     # Copies, so that the module does not hang on the file.
     motion.load_state_dict({key: tensor.to(torch.float32, copy=True) for key, tensor in tensors.items()}, assign=True)
     return motion.eval().requires_grad_(False)
@@ -130,13 +150,6 @@ def _respelt(key: str, spellings: Sequence[tuple[str, str]]) -> str:
         if match and match[2].startswith(before):
             return match[1] + after + match[2].removeprefix(before)
     return key
-
-
-def _sinusoids(shapes: Mapping[str, tuple]) -> dict[str, Tensor]:
-    """diffusers' position encoding of AnimateLCM's length for each transformer block."""
-    norm = "norm1.weight"
-    widths = {key.removesuffix(norm): shape[0] for key, shape in shapes.items() if key.endswith(f".{norm}")}
-    return {f"{block}pos_embed.pe": SinusoidalPositionalEmbedding(w, _ANIMATELCM_FRAMES).pe for block, w in widths.items()}
 
 
 def _count(keys: Iterable[str], pattern: str) -> int:

@@ -14,14 +14,16 @@ from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..diffusion.schedules import lcm_timesteps, trailing_timesteps
+from ..diffusion.schedules import TRAIN_TIMESTEPS, lcm_timesteps, trailing_timesteps
 from ..diffusion.unets import require_matching_motion
 from ..diffusion.windows import ANIMATEDIFF_FRAMES
 from .architecture import unet_config
-from .containers import FileFormatError, read_layout
+from .containers import read_layout
 from .lora import Layer, load_lora_file
 from .motion import load_motion_file
+from .paths import is_file
 from .recognise import recognise, require
+from .sentences import FileFormatError, one_line, told
 from .student import Student
 from .student_info import ANY_BASE, StudentInfo
 
@@ -48,22 +50,30 @@ def load_peer(path: Path, image_unet: UNet2DConditionModel, lora: Path | None = 
     """A Lightning or AnimateLCM module as a student for any base of `image_unet`'s architecture, which may lie on the meta device.
 
     `lora` is AnimateLCM's, else `lora_beside`. FileFormatError for any other file, a v2 module whose name tells no number of steps (it
-    may be a teacher's), and AnimateLCM without its LoRA; ValueError for a base of other widths.
+    may be a teacher's), AnimateLCM without its LoRA or with one of other layers, and a base of other widths.
     """
     path = Path(path)
     kind = require(path, (_LIGHTNING, _ANIMATELCM), "a student file, or a module of AnimateDiff-Lightning or AnimateLCM,")
     steps = _steps_in_name(path) if kind.id == _LIGHTNING else _ANIMATELCM_STEPS
     motion = load_motion_file(path, norm_groups=image_unet.config.norm_num_groups)
-    require_matching_motion(image_unet, motion)
+    try:
+        require_matching_motion(image_unet, motion)
+    except ValueError as error:  # a sentence already
+        raise FileFormatError(str(error)) from error
+    positions = motion.config.motion_max_seq_length
+    if positions < ANIMATEDIFF_FRAMES:
+        raise FileFormatError(
+            f"Expected motion modules for clips of {ANIMATEDIFF_FRAMES} frames in {path}, found {positions} position encodings; "
+            "choose another file."
+        )
     tensors, rank = dict(motion.state_dict()), None
     if kind.id == _ANIMATELCM:
         lora = lora or lora_beside(path)
-        if not lora.is_file():
+        if not is_file(lora):
             raise FileFormatError(
                 f"Expected AnimateLCM's LoRA, without which {path.name} is half a student, found no {lora}; put it there."
             )
-        modules = [name.removesuffix(".weight") for name, p in image_unet.named_parameters() if p.ndim > 1]
-        layers = load_lora_file(lora, modules)
+        layers = load_lora_file(lora, {name: p.shape for name, p in image_unet.named_parameters()})
         rank = max(len(down) for down, _, _ in layers.values())
         tensors |= _of_one_rank(layers, rank)
     with torch.device("meta"):
@@ -84,19 +94,26 @@ def load_peer(path: Path, image_unet: UNet2DConditionModel, lora: Path | None = 
         lora_alpha=rank,
         updates=0,
         training_config="",
-        title=path.stem,
-        date=datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat(),
+        title=one_line(path.stem),
+        date=_day(path),
         license="as its authors say",
     )
     return Student(info, tensors, str(path))
 
 
+def _day(path: Path) -> str:
+    """When the file was written, ISO 8601."""
+    with told(path, "a model file with a date"):
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat()
+
+
 def _steps_in_name(path: Path) -> int:
     found = _STEPS_IN_NAME.search(path.stem)
-    if not found or not int(found[1]):
+    if not found or not 0 < int(found[1]) <= TRAIN_TIMESTEPS:
         raise FileFormatError(
-            f"Expected a number of steps in the name of {path.name}, as in animatediff_lightning_4step_comfyui.safetensors, found none; "
-            "give it its published name, or load it as a teacher's motion module if it is one."
+            f"Expected a number of steps in the name of {path.name}, 1 to {TRAIN_TIMESTEPS}, as in "
+            "animatediff_lightning_4step_comfyui.safetensors, found none; give it its published name, or load it as a teacher's "
+            "motion module if it is one."
         )
     return int(found[1])
 

@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .containers import FileFormatError, Layout, read_layout
+from .containers import Layout, read_layout
+from .sentences import FileFormatError
 
 _ORIGINAL_UNET = "model.diffusion_model."
 
@@ -105,7 +106,7 @@ def _motion(shapes: Mapping[str, tuple]) -> Kind | None:
         return Kind("motion-sdxl", "an SDXL motion module")
     positions = [shape for name, shape in shapes.items() if name.endswith((".pos_encoder.pe", ".pos_embed.pe"))]
     lengths = {shape[1] for shape in positions if len(shape) == 3}
-    if _has(shapes, "mid_block.") and not lengths:
+    if _has(shapes, "mid_block.") and not positions:
         return Kind("motion-animatelcm", "an AnimateLCM motion module")
     if not lengths:
         return Kind("motion-other", "a motion module without position encodings")
@@ -115,7 +116,7 @@ def _motion(shapes: Mapping[str, tuple]) -> Kind | None:
 
 def motion_widths(shapes: Mapping[str, tuple]) -> tuple[int, ...]:
     """The width of each down block of a motion module, original or diffusers' names."""
-    pattern = re.compile(r"down_blocks\.(\d+)\.motion_modules\.0\.(temporal_transformer\.)?norm\.weight")
+    pattern = re.compile(r"down_blocks\.(\d{1,4})\.motion_modules\.0\.(temporal_transformer\.)?norm\.weight")
     found = {int(match[1]): shape[0] for name, shape in shapes.items() if (match := pattern.fullmatch(name)) and shape}
     return tuple(found[block] for block in sorted(found))
 

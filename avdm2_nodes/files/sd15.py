@@ -11,22 +11,28 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .containers import FileFormatError, read_tensors
+from .containers import read_layout, read_tensors
+from .prediction import require_epsilon
 from .recognise import require
+from .sentences import FileFormatError, one_line, reason
+from .weights import require_weights
 
 _UNET, _VAE, _TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 _BLOCKS, _LAYERS, _HEADS, _GROUPS = 4, 2, 8, 32  # of SD1.5's UNet; the autoencoder has as many blocks and layers
 _CLIP_HEAD_WIDTH = 64
+_MOST_TEXT_LAYERS = 64  # CLIP of SD1.5 has 12, the largest CLIP 48
+_POSITION_IDS = "embeddings.position_ids"  # 0, 1, 2, …: no weight, and in old files alone
 
 
 def load_sd15_file(path: Path) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
     """Image UNet, VAE and text encoder of an SD1.5 checkpoint with original names, float32 on the CPU, frozen.
 
     Widths come from the shapes, the rest is SD1.5's. Weights of an exponential moving average (`model_ema.`) are left alone.
-    FileFormatError for a file that is something else, is damaged, or lacks one of the three.
+    FileFormatError for a file that is something else, is damaged, lacks one of the three, or predicts something else than noise.
     """
     path = Path(path)
     require(path, ("sd15",), "an SD1.5 checkpoint")
+    require_epsilon(path, read_layout(path))
     tensors = read_tensors(path)
     parts = {
         "the UNet": (_new_unet, _unet_to_diffusers(_below(tensors, _UNET))),
@@ -179,44 +185,53 @@ def _new_vae(tensors: Mapping[str, Tensor]) -> AutoencoderKL:
 
 
 def _new_text_encoder(tensors: Mapping[str, Tensor]) -> CLIPTextModel:
-    """Not on the meta device: it keeps positions that no file holds."""
     tokens, width = tensors["embeddings.token_embedding.weight"].shape
     layers = {key.split(".")[2] for key in tensors if key.startswith("encoder.layers.")}
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=tokens,
-            hidden_size=width,
-            intermediate_size=tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
-            num_hidden_layers=len(layers),
-            num_attention_heads=width // _CLIP_HEAD_WIDTH,
-            max_position_embeddings=tensors["embeddings.position_embedding.weight"].shape[0],
-            projection_dim=width,
-            hidden_act="quick_gelu",
-            bos_token_id=tokens - 2,
-            eos_token_id=tokens - 1,
-            pad_token_id=tokens - 1,
+    if len(layers) > _MOST_TEXT_LAYERS:
+        raise ValueError(f"{len(layers)} layers")
+    with torch.device("meta"):
+        return CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=tokens,
+                hidden_size=width,
+                intermediate_size=tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
+                num_hidden_layers=len(layers),
+                num_attention_heads=width // _CLIP_HEAD_WIDTH,
+                max_position_embeddings=tensors["embeddings.position_embedding.weight"].shape[0],
+                projection_dim=width,
+                hidden_act="quick_gelu",
+                bos_token_id=tokens - 2,
+                eos_token_id=tokens - 1,
+                pad_token_id=tokens - 1,
+            )
         )
-    )
 
 
 def _loaded(tensors: dict[str, Tensor], new: Callable[[Mapping[str, Tensor]], nn.Module], what: str, path: Path) -> nn.Module:
     """The module that `new` builds for the tensors, with their values in float32; FileFormatError where the two do not match."""
+    tensors = {key: tensor for key, tensor in tensors.items() if key != _POSITION_IDS}
     try:
         module = new(tensors)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+    except Exception as error:  # diffusers and transformers raise a dozen kinds for one cause
         raise FileFormatError(
-            f"Expected {what} of SD1.5 in {path}, found another or part of one ({error}); choose another checkpoint."
+            f"Expected {what} of SD1.5 in {path}, found another or part of one ({reason(error)}); choose another checkpoint."
         ) from error
     prefix = "text_model." if hasattr(module, "text_model") else ""  # transformers before 5.6 wraps the text model once more
     expected = {key.removeprefix(prefix): tensor.shape for key, tensor in module.state_dict().items()}
+    expected.pop(_POSITION_IDS, None)
     unlike = [key for key, shape in expected.items() if key not in tensors or tensors[key].shape != shape]
     if isinstance(module, UNet2DConditionModel):  # VAE and text encoder bring along what only their training needed
         unlike += tensors.keys() - expected.keys()
     if unlike:
         raise FileFormatError(
-            f"Expected {what} of SD1.5 in {path}, found {len(unlike)} layers unlike its own (such as {min(unlike)}); "
+            f"Expected {what} of SD1.5 in {path}, found {len(unlike)} layers unlike its own (such as {one_line(min(unlike))}); "
             "choose another checkpoint."
         )
+    require_weights({key: tensors[key] for key in expected}, path, f"{what} of SD1.5", "choose another checkpoint")
     # Copies, so that the module does not hang on the file.
-    module.load_state_dict({prefix + key: tensors[key].to(torch.float32, copy=True) for key in expected}, assign=True)
+    weights = {prefix + key: tensors[key].to(torch.float32, copy=True) for key in expected}
+    module.load_state_dict(weights, strict=False, assign=True)
+    if isinstance(module, CLIPTextModel):
+        embeddings = module.get_submodule(prefix + "embeddings")
+        embeddings.position_ids = torch.arange(embeddings.position_ids.shape[1]).expand((1, -1))
     return module.eval().requires_grad_(False)

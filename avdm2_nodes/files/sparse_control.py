@@ -11,9 +11,11 @@ from pathlib import Path
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor
 
-from .containers import FileFormatError, read_layout, read_tensors
+from .containers import read_layout, read_tensors
 from .motion import to_diffusers_keys
 from .recognise import recognise
+from .sentences import FileFormatError, one_line
+from .weights import require_weights
 
 _PREFIXES = ("controlnet.", "module.")  # that training code puts around all names
 _SIMPLE, _DEEP = "controlnet_cond_embedding.weight", "controlnet_cond_embedding.conv_in.weight"
@@ -56,7 +58,17 @@ def read_sparse_control(path: Path) -> SparseControlFile:
     ]
     if missing:
         raise FileFormatError(f"Expected a whole SparseCtrl network at {path}, found none of {missing[0]}; copy it again.")
-    for name in [name for name in tensors if name.endswith(".norm1.weight") and ".motion_modules." in name]:
+    require_weights(tensors, path, "a SparseCtrl network's weights")
+    norms = [name for name in tensors if name.endswith(".norm1.weight") and ".motion_modules." in name]
+    odd = [name for name in norms if tensors[name].ndim != 1 or len(tensors[name]) % 2] + [embedding] * (
+        tensors[embedding].ndim != 4
+    )
+    if odd:
+        raise FileFormatError(
+            f"Expected a whole SparseCtrl network at {path}, found {one_line(min(odd))} of shape {tuple(tensors[min(odd)].shape)}; "
+            "copy it again."
+        )
+    for name in norms:
         block = name.removesuffix("norm1.weight")
         if f"{block}pos_embed.pe" not in tensors:
             tensors[f"{block}pos_embed.pe"] = SinusoidalPositionalEmbedding(len(tensors[name]), _POSITIONS).pe

@@ -8,16 +8,18 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 from ..diffusion.samplers import Chain
 from ..diffusion.schedules import TRAIN_TIMESTEPS
-from ..errors import SentenceError
 from .described import STRICT, Description, Hash, Positive
+from .sentences import FileError
 
 FORMAT_VERSION = 1
+MOST_FRAMES, LONGEST_SIDE = 1024, 8192  # of a clip; what no one can sample, no student was trained at
+_POSITIONS = 32  # diffusers' own number
 ANY_BASE = "any"  # in place of a hash: the student runs on each base of its architecture
 
 _SAMPLERS = {"renoise": "lcm", "euler": "euler", "lcm": "lcm"}  # ComfyUI's names
 
 
-class StudentFileError(SentenceError, ValueError):
+class StudentFileError(FileError):
     """A student file that cannot be read, written or used; the message is one sentence that names it."""
 
 
@@ -44,9 +46,9 @@ class StudentInfo(Description):
 
     holds: Literal["all", "motion", "motion+lora"]
     timesteps: tuple[Annotated[int, Field(ge=0, lt=TRAIN_TIMESTEPS)], ...]  # those it was trained at, descending
-    frames: Positive  # of the clips it was trained on
-    height: Positive  # likewise, in pixels
-    width: Positive
+    frames: Annotated[int, Field(ge=1, le=MOST_FRAMES)]  # of the clips it was trained on
+    height: Annotated[int, Field(ge=1, le=LONGEST_SIDE)]  # likewise, in pixels
+    width: Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
     unet_config: dict  # as `architecture.unet_config` gives it
     base_name: str
     base_hash: Hash | Literal["any"]  # `weights_hash` of the base's image UNet, or ANY_BASE
@@ -69,6 +71,9 @@ class StudentInfo(Description):
     def _agree(self):
         if not self.timesteps or any(a <= b for a, b in pairwise(self.timesteps)):
             raise ValueError(f"expected timesteps in descending order, found {list(self.timesteps)}")
+        positions = self.unet_config.get("motion_max_seq_length", _POSITIONS)
+        if type(positions) is int and self.frames > positions:
+            raise ValueError(f"expected frames up to its motion modules' {positions} position encodings, found {self.frames}")
         if any((value is not None) != (self.holds == "motion+lora") for value in (self.lora_rank, self.lora_alpha)):
             raise ValueError(
                 f"expected a LoRA rank and alpha with motion+lora and not else, "

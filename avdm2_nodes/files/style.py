@@ -8,22 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as validated_dataclass
 from torch import Tensor
 
-from ..errors import SentenceError
 from .architecture import meta_unet
 from .described import STRICT, Description, Hash, Positive, is_described, read_described, write_described
 from .hashes import tensors_hash
 from .lora import lora_products, lora_shapes
+from .sentences import FileError
 from .student import Student
+from .weights import is_finite
 
 STYLE_VERSION = 1
 
 
-class StyleFileError(SentenceError, ValueError):
+class StyleFileError(FileError):
     """A style file that cannot be read, written or used; the message is one sentence that names it."""
 
 
@@ -128,4 +128,4 @@ def _require_pairs(tensors: Mapping[str, Tensor], info: StyleInfo, name: str | P
 
 
 def _is_lora(tensor: Tensor, axis: int, rank: int) -> bool:
-    return tensor.is_floating_point() and tensor.ndim >= 2 and tensor.shape[axis] == rank and bool(torch.isfinite(tensor).all())
+    return tensor.is_floating_point() and tensor.ndim >= 2 and tensor.shape[axis] == rank and is_finite(tensor)

@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny
 
-from .containers import FileFormatError, read_tensors
+from .containers import read_tensors
+from .sentences import FileFormatError, one_line
+from .weights import require_weights
 
-_ORIGINAL = re.compile(r"(?:taesd_decoder\.|decoder\.)?(\d+)\.(.+)")  # its own name, or ComfyUI's in a file of both halves
+_ORIGINAL = re.compile(r"(?:taesd_decoder\.|decoder\.)?(\d{1,4})\.(.+)")  # its own name, or ComfyUI's in a file of both halves
 _DIFFUSERS = "decoder.layers."
 
 
@@ -26,9 +28,10 @@ def load_taesd_file(path: Path) -> AutoencoderTiny:
     expected = {name: tensor.shape for name, tensor in taesd.state_dict().items()}
     if {name: tensor.shape for name, tensor in found.items()} != expected:
         raise FileFormatError(
-            f"Expected TAESD's decoder for SD1.5 at {path}, found other tensors (such as {min(tensors, default='none')!r}); "
+            f"Expected TAESD's decoder for SD1.5 at {path}, found other tensors (such as {one_line(min(tensors, default='none'))!r}); "
             "choose taesd_decoder.safetensors."
         )
+    require_weights(found, path, "TAESD's decoder", "choose taesd_decoder.safetensors")
     taesd.load_state_dict({name: tensor.float().clone() for name, tensor in found.items()}, assign=True)
     return taesd.eval().requires_grad_(False)
 

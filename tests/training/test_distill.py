@@ -194,6 +194,7 @@ def assert_same_student(folder, other):
     assert figures[0] == figures[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_thrice_ends_bitwise_as_one_that_was_not(finished, settings, work):
     config, folder = settings("killed"), work / "killed"
     checkpoints = folder / "checkpoints"
@@ -251,8 +252,8 @@ def data(finished):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model.teacher", "gone"], "gone, found none"),
-        (["--model.score_unet", "gone"], "gone, found none"),
+        (["--model.teacher", "gone"], "gone, found nothing"),
+        (["--model.score_unet", "gone"], "gone, found nothing"),
         (["--data.folder", "gone", "--data.render", "null"], "gone, found nothing"),
         (["--student.lr", "-1"], "student.lr"),
         (["--sdm.wieght", "1"], "--sdm.weight"),

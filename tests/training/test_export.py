@@ -52,11 +52,11 @@ def test_a_diffusers_folder(student_file, stack_folder, tmp_path, capsys):
     ("changes", "said"),
     [
         ({"--student": "none.safetensors"}, "Expected a student file at none.safetensors, found nothing"),
-        ({"--model": "nowhere"}, "Expected a model folder in the diffusers layout at nowhere, found none"),
+        ({"--model": "nowhere"}, "Expected a model folder in the diffusers layout at nowhere, found nothing"),
         ({"--model": str(ROOT / "miniature")}, "another architecture"),
         (
             {"--format": "animatediff", "--student": str(ROOT / "training" / "export.py")},
-            "Expected a readable student file at ",
+            "Expected a model file (.safetensors",
         ),
     ],
 )

@@ -114,6 +114,34 @@ def test_bad_clips_are_named_skipped_and_counted(settings, tmp_path, caplog):
     for name in ("00003b.mp4", "00004b.mp4", "00005b.mp4"):
         assert caplog.text.count(f"Skipped {name}: Expected") == 1
     assert f"{GOOD} clips are in {tmp_path / 'cache'}, 3 skipped" in caplog.text
+    assert "3 skipped: 2 damaged, 1 without a caption" in caplog.text
+
+
+def test_strict_makes_them_an_error_here_and_in_training(stack, settings, videos, prepared, tmp_path):
+    with pytest.raises(DataError, match=r"data\.strict.*1 skipped: 1 without a caption; first 00004b\.mp4"):
+        run(tmp_path / "cache", settings(), "--workers", "0", "--data.strict", "true")
+    with pytest.raises(DataError, match=r"data\.strict.*3 skipped: .*2 damaged"):
+        opened(stack, settings(), "--data.folder", prepared, "--data.strict", "true")
+    good = tmp_path / "good"
+    shutil.copytree(videos, good, ignore=shutil.ignore_patterns("*b.mp4"))
+    with pytest.raises(DataError, match=r"2 skipped: 2 missing"):  # the table names them
+        run(tmp_path / "cache", settings(), "--workers", "0", "--data.folder", good, "--data.strict", "true")
+
+
+def test_frames_beyond_the_positions_are_refused_before_anything_is_read(settings, prompts, tmp_path):
+    for arguments in (["--data.folder", tmp_path / "gone"], ["--prompts", prompts]):
+        with pytest.raises(DataError, match=r"data\.frames of 32 at most.*found 33"):
+            run(tmp_path / "cache", settings(), "--data.frames", "33", *arguments)
+    assert not is_cache(tmp_path / "cache")
+
+
+def test_clips_are_resampled_by_time_where_it_is_said(stack, settings, videos, tmp_path):
+    run(tmp_path / "cache", settings(), "--workers", "0", "--data.fps", "16", "--data.frames", "8")
+    config = settings(data={"fps": 16.0, "frames": 8})
+    raw, cached = opened(stack, config), opened(stack, config, "--data.folder", tmp_path / "cache")
+    assert all(torch.equal(a, b) for a, b in zip(raw.batch([0, 3]), cached.batch([0, 3]), strict=True))
+    with pytest.raises(DataError, match=r"fps 16\.0 where this run has None"):
+        opened(stack, settings(), "--data.folder", tmp_path / "cache", "--data.frames", "8")
 
 
 def test_tar_shards_are_prepared_too(stack, settings, videos, prepared, tmp_path):
@@ -148,14 +176,14 @@ def test_the_space_is_that_of_the_weights_and_the_settings(stack, settings):
 
 
 def test_a_worker_that_ends_is_told_and_nothing_is_lost(settings, prepared, tmp_path, monkeypatch):
-    read = ClipFolder.read
+    decode = ClipFolder.decode
 
     def last_moment(clips, index):
         if index == 6:
             os.kill(os.getpid(), signal.SIGKILL)  # as a system short of memory does
-        return read(clips, index)
+        return decode(clips, index)
 
-    monkeypatch.setattr(ClipFolder, "read", last_moment)
+    monkeypatch.setattr(ClipFolder, "decode", last_moment)
     with pytest.raises(DataError, match=r"processes that decode to go on, found: .*--workers") as caught:
         run(tmp_path / "cache", settings(), "--workers", "1")
     assert "\n" not in str(caught.value) and is_cache(tmp_path / "cache")
@@ -292,7 +320,8 @@ def test_refusals(settings, videos, prepared, prompts, tmp_path):
     refused(DataError, "another encoding", "--prompts", _write(tmp_path / "l.txt", b"\xff"))
     with RunFolder(tmp_path / "held"):
         refused(RunFolderError, f"in use by process {os.getpid()}.*--out", out=tmp_path / "held")
-    refused(DataError, "found 10 that cannot, first: Expected at least 99 frames", "--data.frames", "99")
+    refused(DataError, "data.frames of 32 at most, .* found 99; lower it", "--data.frames", "99")
+    refused(DataError, "found 10 that cannot be used, first: Expected at least 32 frames", "--data.frames", "32")
     (tmp_path / "mute").mkdir()
     shutil.copy(videos / "00000.mp4", tmp_path / "mute")
     refused(

@@ -1,6 +1,5 @@
 """A style for a finished student: training goes on from its file, and leaves a small one of its own."""
 
-import csv
 import json
 
 import numpy as np
@@ -23,7 +22,6 @@ from training.cost.operations import Inputs, meta_inputs, meta_roles
 from training.data import DataError
 from training.evaluation import run_report
 from training.evaluation.rows import student_method
-from training.method import image_style
 from training.method.discriminator import DiscriminatorHeads
 from training.method.export import export
 from training.method.roles import begin_with, build_roles
@@ -173,12 +171,12 @@ def test_the_memory_of_a_style_is_planned(stack, student, stack_folder, settings
     config = load_config(["--config", str(settings(model={"share_base": share}))])
     unet, motion = dict(stack.image_unet.config), dict(stack.motion.config)
     inputs = meta_inputs(config, unet, 32)
-    planned = plan_of(config, *meta_roles(config, unet, motion, half), inputs, half)
+    planned = plan_of(config, *meta_roles(config, unet, motion, half), inputs)
     style = load_image_unet(stack_folder / "styles" / "other")
     real = new_roles(config, stack, style, student, half)
     widths = unet["block_out_channels"]
     given = Inputs(torch.randn(inputs.x.shape), torch.randn(inputs.text.shape))
-    found = plan_of(config, real, DiscriminatorHeads([*widths[-3:-1], widths[-1]]), given, half)
+    found = plan_of(config, real, DiscriminatorHeads([*widths[-3:-1], widths[-1]]), given)
     assert planned.standing == found.standing
     for name, size in planned.turns.items():
         assert found.turns[name] == pytest.approx(size, rel=0.1), name
@@ -252,17 +250,6 @@ def test_from_images_alone_stopped_and_resumed(settings, student, work):
     assert all(torch.equal(whole.tensors[name], again.tensors[name]) for name in again.tensors)
     with pytest.raises(RunFolderError, match="begun with another lr"):
         train(config, work / "images-stopped", *arguments, "--style.image_lr", "0.5")
-
-
-def test_captions_of_images(work, tmp_path):
-    assert [caption for _, caption in image_style.find_images(work / "images")] == ["", "a red circle", ""]
-    (tmp_path / "x.jpg").write_bytes(b"no image")
-    with (tmp_path / "captions.csv").open("w") as file:
-        csv.writer(file).writerows([["file", "caption"], ["x.jpg", "a dog"]])
-    assert image_style.find_images(tmp_path) == [(tmp_path / "x.jpg", "a dog")]
-    with pytest.raises(DataError, match="Expected an image at"):
-        image_style.read_image(tmp_path / "x.jpg", 8, 8)
-    assert image_style.read_image(work / "images" / "1.png", 64, 64).shape == (64, 64, 3)
 
 
 # ---- refusals ----

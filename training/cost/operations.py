@@ -14,7 +14,6 @@ import torch
 from diffusers import MotionAdapter, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
 from avdm2_nodes.diffusion.unets import video_unet
@@ -23,24 +22,19 @@ from training.method.discriminator import DiscriminatorHeads
 from training.method.loop import Phase, phase_of
 from training.method.roles import Roles, build_roles
 from training.run.config import DistillConfig
+from training.run.meter import Operations
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}  # of diffusers' UNet2DConditionModel, whose defaults are SD1.5's
 V3 = {"use_motion_mid_block": False, "motion_max_seq_length": 32}  # likewise, AnimateDiff's motion modules
 TOKENS = 77
 
 
-_HALF = ("linear", "conv2d", "conv3d", "scaled_dot_product_attention")
-_SINGLE = ("group_norm", "layer_norm", "softmax", "normalize", "mse_loss", "softplus")
-
-
 @contextlib.contextmanager
-def as_on_a_gpu(half: bool) -> Iterator[None]:
-    """Within the block torch.nn.functional acts on the meta device as it does on a GPU, where there is more than the plain formulas.
+def as_on_a_gpu() -> Iterator[None]:
+    """Within the block attention keeps no matrix of queries by keys on the meta device either.
 
-    Attention keeps no matrix of queries by keys; with `half` products are in bf16 and normalisations in float32, as torch.autocast's
-    lists for CUDA have it. (A TorchFunctionMode would not reach layers that are computed again in the backward pass.)
+    (A TorchFunctionMode would not reach layers that are computed again in the backward pass.)
     """
-
     plain = F.scaled_dot_product_attention
 
     def flash(query, key, value, *args, **kwargs):
@@ -48,19 +42,7 @@ def as_on_a_gpu(half: bool) -> Iterator[None]:
             return plain(query, key, value, *args, **kwargs)
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
-    def cast(function: Callable, dtype: torch.dtype) -> Callable:
-        def to(value):
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-        return lambda *args, **kwargs: function(*map(to, args), **{name: to(value) for name, value in kwargs.items()})
-
-    acting = {name: getattr(F, name) for name in (*_HALF, *_SINGLE)} | {"scaled_dot_product_attention": flash}
-    if half:
-        acting |= {name: cast(acting[name], torch.bfloat16) for name in _HALF}
-        acting |= {name: cast(acting[name], torch.float32) for name in _SINGLE}
-    with contextlib.ExitStack() as stack:
-        for name, function in acting.items():
-            stack.enter_context(mock.patch.object(F, name, function))
+    with mock.patch.object(F, "scaled_dot_product_attention", flash):
         yield
 
 
@@ -98,7 +80,7 @@ def meta_roles(
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one clip: x (1, C, F, h, w), its frames (F, C, h, w), text (1, L, D)."""
+    """Of clips: x (B, C, F, h, w), text (B, L, D)."""
 
     x: Tensor
     text: Tensor
@@ -108,16 +90,16 @@ class Inputs:
         return torch.zeros(len(self.x), dtype=torch.long, device=self.x.device)
 
     def frames(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What an image UNet takes, of the first `count` frames."""
-        frames = self.x[0].transpose(0, 1)[:count]
-        return frames, self.t.expand(count), self.text.expand(count, -1, -1)
+        """What an image UNet takes, of the first `count` frames of each clip."""
+        frames = self.x.transpose(1, 2)[:, :count].flatten(0, 1)
+        return frames, self.t.repeat_interleave(count), self.text.repeat_interleave(count, 0)
 
 
-def meta_inputs(config: DistillConfig, unet: dict = SD15, tokens: int = TOKENS) -> Inputs:
-    """A clip and its text of a run's settings."""
+def meta_inputs(config: DistillConfig, unet: dict = SD15, tokens: int = TOKENS, clips: int = 1) -> Inputs:
+    """Clips and their texts of a run's settings."""
     data, width = config.data, unet["cross_attention_dim"]
-    shape = 1, unet.get("in_channels", 4), data.frames, data.height // 8, data.width // 8
-    return Inputs(torch.empty(shape, device="meta"), torch.empty(1, tokens, width, device="meta"))
+    shape = clips, unet.get("in_channels", 4), data.frames, data.height // 8, data.width // 8
+    return Inputs(torch.empty(shape, device="meta"), torch.empty(clips, tokens, width, device="meta"))
 
 
 @dataclass(frozen=True)
@@ -165,9 +147,9 @@ def learning(loss: Callable[[], Tensor]) -> int:
 
 def operations(function: Callable[[], object]) -> int:
     """Operations of what `function` runs."""
-    with as_on_a_gpu(half=False), FlopCounterMode(display=False) as counter:
+    with as_on_a_gpu(), Operations() as operations:
         function()
-    return counter.get_total_flops()
+    return operations.count
 
 
 def update_cost(config: DistillConfig, parts: Parts, phase: Phase) -> dict[str, float]:

@@ -8,6 +8,7 @@ import bisect
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ from tqdm import tqdm
 from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.stack import Stack
 from training.data import DataError
+from training.data.unusable import Unusable
 from training.run.checkpoint import write_atomically
 from training.run.config import DataConfig
+from training.run.reading import parsed, read_json
 
 FORMAT = 1
 _LIST = "cache.json"
@@ -40,14 +43,7 @@ class LatentClip:
     caption: str
     latents: Tensor  # (C, F, h, w) float32
     text: Tensor  # (L, D) float32, the caption's embedding
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """A clip that is left out, and a sentence that says why."""
-
-    name: str
-    reason: str
+    rate: float | None = None  # frames a second of its video
 
 
 # Parts of what is to be made, each a range of places in the source -> what stands there, in the same order.
@@ -65,6 +61,7 @@ def space_of(stack: Stack, data: DataConfig) -> dict[str, str | int | None]:
         "height": data.height,
         "width": data.width,
         "stride": data.stride,
+        "fps": data.fps,
     }
 
 
@@ -86,9 +83,10 @@ class Cache:
     def __init__(self, folder, space: dict):
         self.folder = Path(folder)
         listed = _read_list(self.folder)
-        # A stride of null: the clips were sampled, not cut from videos.
         other = {key: (listed["space"].get(key), value) for key, value in space.items()}
-        other = {key: pair for key, pair in other.items() if pair[0] != pair[1] and not (key == "stride" and pair[0] is None)}
+        # A stride of null: the clips were sampled, not cut from videos.
+        free = ("stride", "fps") if listed["space"].get("stride") is None else ()
+        other = {key: pair for key, pair in other.items() if pair[0] != pair[1] and key not in free}
         if other:
             found = ", ".join(f"{key} {theirs} where this run has {ours}" for key, (theirs, ours) in other.items())
             raise DataError(
@@ -105,7 +103,11 @@ class Cache:
             if problem:
                 raise DataError(f"Expected {path} as it was written, found it {problem}; {_AGAIN}.")
         self._paths, self._ends = _paths(self.folder, shards), list(accumulate(shard["clips"] for shard in shards))
-        self.captions = [caption for path in self._paths for _, caption in _about(path)]
+        about = [_about(path, shard["clips"]) for path, shard in zip(self._paths, shards, strict=True)]
+        self.captions = [caption for clips in about for _, caption in clips]
+        self.left_out = _left_out(listed)
+        self.rates = [float(rate) for shard in shards for rate, count in shard.get("rates", {}).items() for _ in range(count)]
+        self.fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
         if not self.captions:
             raise DataError(f"Expected clips in the cache {self.folder}, found that none could be used; prepare others.")
 
@@ -119,29 +121,40 @@ class Cache:
         try:
             with safe_open(path, framework="pt") as file:
                 return file.get_slice("latents")[row], file.get_slice("text")[row]
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, IndexError) as error:
             raise DataError(f"Expected {path} as it was written, found it unreadable ({error}); {_AGAIN}.") from error
 
 
 def _read_list(folder: Path) -> dict:
     path = folder / _LIST
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
+        listed = read_json(path)
         if listed["format"] > FORMAT:
             raise DataError(
                 f"Expected a cache of format {FORMAT} or older in {folder}, found {listed['format']}; update this project."
             )
         for shard in listed["shards"]:
-            _ = shard["number"], shard["clips"], shard["sha256"], shard["skipped"]
-        _ = listed["space"].items(), listed["source"].items(), listed["complete"]
+            whole = all(type(shard[key]) is int and 0 <= shard[key] < 10**9 for key in ("number", "clips"))
+            counts = shard.get("rates", {}).items()
+            if not whole or type(shard["sha256"]) is not str or any(type(n) is not int or not float(r) > 0 for r, n in counts):
+                raise ValueError(f"a shard of another kind: {str(shard)[:99]}")
+        _ = listed["space"].items(), listed["source"].items(), listed["complete"], _left_out(listed)
         return listed
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
             f"Expected the list of a cache's shards in {path}, found it damaged ({type(error).__name__}: {error}); "
             "put it back, or prepare the clips into another folder."
         ) from error
+
+
+def _left_out(listed: dict) -> list[Unusable]:
+    """What was left out: of the videos that were found, then in the making of each shard. TypeError for a list of another kind."""
+    every = [*listed.get("left_out", []), *(pair for shard in listed["shards"] for pair in shard["skipped"])]
+    if not all(isinstance(one, list) and len(one) in (2, 3) and all(isinstance(part, str) for part in one) for one in every):
+        raise TypeError("names and reasons of another kind")
+    return [Unusable(*one) for one in every]
 
 
 def _paths(folder: Path, shards: Sequence[dict]) -> list[Path]:
@@ -157,6 +170,8 @@ def _problems(folder: Path, shards: Sequence[dict]) -> list[str]:
 
     def problem(path: Path, shard: dict) -> str:
         try:
+            if path.exists() and not path.is_file():
+                return "no file"
             return "" if _hash(path) == shard["sha256"] else "torn or altered"
         except OSError as error:
             return "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error.strerror})"
@@ -172,21 +187,33 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _about(path: Path) -> list[tuple[str, str]]:
-    """(name, caption) of a shard's clips."""
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["clips"])
+def _about(path: Path, count: int) -> list[tuple[str, str]]:
+    """(name, caption) of a shard's `count` clips. DataError for a shard that is none, though it is as it was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            clips = [(str(name), str(caption)) for name, caption in parsed(file.metadata()["clips"])]
+            rows = {key: file.get_slice(key).get_shape()[0] for key in ("latents", "text")}
+        if {len(clips), *rows.values()} != {count}:
+            raise ValueError(f"{len(clips)} captions and {rows} where {count} clips are listed")
+        return clips
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"Expected a shard of clips in {path}, found {type(error).__name__}: {error}; remove it: {_AGAIN}."
+        ) from error
 
 
 # ---- writing ----
 
 
-def write_cache(folder, space: dict, source: dict, count: int, shard_clips: int, make: Maker) -> tuple[int, list[Unusable]]:
+def write_cache(
+    folder, space: dict, source: dict, count: int, shard_clips: int, make: Maker, left_out: Sequence[Unusable] = ()
+) -> tuple[int, list[Unusable]]:
     """Makes the `count` clips of a source and writes them as a cache into an existing folder; goes on where it was cut short.
 
     `source` says all that bears on what `make` makes, as plain JSON values. Shards that stand as they were written are kept, all
     others are made again: whatever happens in between, the result is the same to the byte. Returns the number of clips in the
-    cache and those left out. DataError for a folder that holds a cache of something else, no room or no right to write.
+    cache and those left out in the making; the list keeps them, and those `left_out` before, for who trains on the cache.
+    DataError for a folder that holds a cache of something else, no room or no right to write.
     """
     folder, source = Path(folder), source | {"clips": count, "shard_clips": shard_clips}
     listed = {"format": FORMAT, "space": space, "source": source, "complete": False, "shards": []}
@@ -199,6 +226,8 @@ def write_cache(folder, space: dict, source: dict, count: int, shard_clips: int,
                 "set that back, or name another folder."
             )
         listed["shards"] = _intact(folder, found["shards"])
+    if left_out:
+        listed["left_out"] = [[one.name, one.reason, one.kind] for one in left_out]
     try:
         _write_all(folder, listed, make)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
@@ -206,7 +235,7 @@ def write_cache(folder, space: dict, source: dict, count: int, shard_clips: int,
         raise DataError(
             f"Expected room and the right to write into {folder}, found: {cause}; make room and give the command again: it goes on."
         ) from error
-    skipped = [Unusable(*pair) for shard in listed["shards"] for pair in shard["skipped"]]
+    skipped = [Unusable(*one) for shard in listed["shards"] for one in shard["skipped"]]
     return sum(shard["clips"] for shard in listed["shards"]), skipped
 
 
@@ -240,8 +269,10 @@ def _write_all(folder: Path, listed: dict, make: Maker) -> None:
                 "number": number,
                 "clips": len(clips),
                 "sha256": _write_shard(_shard_path(folder, number), clips),
-                "skipped": [[clip.name, clip.reason] for clip in skipped],
+                "skipped": [[clip.name, clip.reason, clip.kind] for clip in skipped],
             }
+            if rates := Counter(f"{clip.rate:g}" for clip in clips if clip.rate):
+                shard["rates"] = dict(sorted(rates.items()))
             listed["shards"] = sorted([*listed["shards"], shard], key=lambda shard: shard["number"])
             _write_list(folder, listed)
     listed["complete"] = True

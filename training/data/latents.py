@@ -1,5 +1,8 @@
 """Captioned clips in model space, as the training loop asks for them."""
 
+import hashlib
+import json
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -8,9 +11,13 @@ from torch import Tensor
 
 from avdm2_nodes.files.stack import Stack
 from training.data.cache import Cache, is_cache, space_of
-from training.data.clips import ClipFolder
+from training.data.captions import cut_by
+from training.data.clips import ClipFolder, tell_of_rates
+from training.data.unusable import require_none, told
 from training.run.config import DistillConfig
 from training.run.precision import autocast, lent
+
+log = logging.getLogger(__name__)
 
 _TEXTS = 1024  # embeddings kept in memory: of SD1.5 a quarter of a gigabyte
 
@@ -29,6 +36,15 @@ class Encoder:
         """(F, H, W, 3) uint8 -> (C, F, h, w) float32 on the CPU."""
         with lent(self.device, self.stack.vae), autocast(self.device, self.precision):
             return self.stack.encode_clips(frames[None])[0].cpu()
+
+    def tell_of_cut(self, captions: Sequence[str]) -> list[str]:
+        """Those that are longer than the text encoder takes, after a word in the log about them."""
+        if cut := cut_by(self.stack.tokenizer, captions):
+            log.warning(
+                "%d captions are longer than the text encoder takes (%d tokens): the rest of each is not seen. The first: %s",
+                len(cut), self.stack.tokenizer.model_max_length, cut[0],
+            )  # fmt: skip
+        return cut
 
     def _text(self, caption: str) -> Tensor:
         """(L, D) float32 on the CPU."""
@@ -85,6 +101,13 @@ class LatentClips:
     def captions(self) -> list[str]:
         return self.source.captions
 
+    def identity(self) -> dict[str, str | int]:
+        """What tells these clips apart from others: their number and a hash of their captions and, where there are any, their pictures."""
+        source = self.source
+        pictures = source.clips.fingerprint() if isinstance(source, EncodedClips) else getattr(source, "fingerprint", "")
+        words = json.dumps([self.captions, pictures])
+        return {"clips": len(self), "sha256": hashlib.sha256(words.encode()).hexdigest()}
+
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """(clips (B, C, F, h, w), text embeddings (B, L, D)) of some indices, float32, on the device."""
         clips, texts = zip(*(self.source.read(i) for i in indices), strict=True)
@@ -102,6 +125,11 @@ def open_clips(config: DistillConfig, stack: Stack, device: torch.device) -> Lat
     """
     data, encoder = config.data, Encoder(stack, device, config.run.precision)
     if is_cache(data.folder):
-        return LatentClips(Cache(data.folder, space_of(stack, data)), encoder)
-    clips = ClipFolder(data.folder, data.frames, data.height, data.width, data.stride)
+        cache = Cache(data.folder, space_of(stack, data))
+        require_none(cache.left_out, data.folder, data.strict)
+        told(data.folder, len(cache), "clips", cache.left_out)
+        if data.fps is None:
+            tell_of_rates(cache.rates)
+        return LatentClips(cache, encoder)
+    clips = ClipFolder(data.folder, data.frames, data.height, data.width, data.stride, fps=data.fps, strict=data.strict)
     return LatentClips(EncodedClips(clips, encoder), encoder)

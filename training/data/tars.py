@@ -1,7 +1,6 @@
 """WebDataset's tar shards: found by name or pattern, and what lies where in them."""
 
 import glob
-import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -13,8 +12,10 @@ from tqdm import tqdm
 
 from training.data import DataError
 from training.data.captions import caption_in, words
+from training.data.folders import files_below
 from training.data.video import VIDEO_SUFFIXES
 from training.run.packages import needs
+from training.run.reading import UnreadableError, decoded, parsed, printable
 
 Span = tuple[int, int]  # where in a file: first byte, bytes
 
@@ -23,7 +24,8 @@ class TarVideo(NamedTuple):
     name: str  # shard.tar/clip.mp4
     shard: Path
     span: Span
-    caption: str  # "" where its sample has none that can be read
+    caption: str  # "" where its sample has none
+    problem: str = ""  # why its caption, or it itself, cannot be read
 
 
 def is_pattern(path: Path) -> bool:
@@ -38,7 +40,7 @@ def find_tars(place: Path) -> list[Path]:
     """
     if place.is_dir():
         tars = sorted(place.glob("[!.]*.tar"))
-        if tars and (video := next((p for p in place.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES), None)):
+        if tars and (video := next((p for p in files_below(place).values() if p.suffix.lower() in VIDEO_SUFFIXES), None)):
             raise DataError(f"Expected videos or tar shards in {place}, found {tars[0].name} and {video.name}; keep one kind.")
         return tars
     tars = sorted(map(Path, glob.glob(str(place)))) if is_pattern(place) else [place] if place.suffix == ".tar" else []
@@ -49,29 +51,50 @@ def find_tars(place: Path) -> list[Path]:
 
 
 def videos_in(tars: list[Path]) -> Iterator[TarVideo]:
-    """The videos of shards, of samples as WebDataset sees them: files in a row with the same name up to the first dot. DataError."""
+    """The videos of shards, of samples as WebDataset sees them: files in a row with the same name up to the first dot. DataError.
+
+    Within a sample a name may have more dots: clip.0001.mp4 has its caption in clip.0001.txt or clip.0001.json.
+    """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         samples = pool.map(_samples, tars)
         for path, found in tqdm(
             zip(tars, samples, strict=True), "reading shards", len(tars), disable=len(tars) < 9, leave=False
         ):
             for sample in found:
-                suffix = next((s for s in sample if f".{s}" in VIDEO_SUFFIXES), None)
-                if suffix is not None:
-                    name = f"{path.name}/{sample['__key__']}.{suffix}"
-                    yield TarVideo(name, path, sample[suffix], _caption_of(path, sample))
+                plain = False  # of a sample's clip.mp4 and clip.webm, the first is the clip
+                for field, span in sample.items():
+                    stem, dot, suffix = field.rpartition(".")
+                    if field.startswith("__") or f".{suffix}" not in VIDEO_SUFFIXES or (plain and not dot):
+                        continue
+                    plain = plain or not dot
+                    name = f"{path.name}/{printable(sample['__key__'])}.{printable(field)}"
+                    if span is None:
+                        problem = f"Expected a file for {name}, found a link; pack the shard with the files themselves."
+                        yield TarVideo(name, path, (0, 0), "", problem)
+                    else:
+                        yield TarVideo(name, path, span, *_caption_of(path, name, sample, stem + dot))
 
 
 def _samples(path: Path) -> list[dict]:
-    """WebDataset's samples of a tar shard, the place (first byte, bytes) of each file in place of what it holds."""
+    """WebDataset's samples of a tar shard, the place (first byte, bytes) of each file in place of what it holds; None of a link."""
     group_by_keys = needs("webdataset.tariterators", "to read tar shards").group_by_keys
     try:
+        if not path.is_file():
+            raise tarfile.ReadError("no file" if path.exists() else "nothing")
+        spans: dict[str, Span] = {}
+        files = []
         with tarfile.open(path, "r:") as tar:
-            files = [
-                {"fname": member.name, "data": (member.offset_data, member.size), "__url__": str(path)}
-                for member in tar
-                if member.isreg() and not PurePosixPath(member.name).name.startswith((".", "__"))
-            ]
+            for member in tar:
+                if member.isreg():
+                    spans[member.name] = (member.offset_data, member.size)
+                elif not (member.islnk() or member.issym()):
+                    continue
+                if any(part.startswith(".") for part in PurePosixPath(member.name).parts):
+                    continue
+                if not PurePosixPath(member.name).name.startswith("__"):
+                    # A hard link is a file that stands elsewhere in the shard.
+                    span = spans.get(member.name if member.isreg() else member.linkname if member.islnk() else "")
+                    files.append({"fname": member.name, "data": span, "__url__": str(path)})
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no end after {len(files)} files")
@@ -83,15 +106,20 @@ def _samples(path: Path) -> list[dict]:
         ) from error
 
 
-def _caption_of(path: Path, sample: dict) -> str:
-    """The caption in a sample's .txt or .json; "" if it has none that can be read."""
+def _caption_of(path: Path, name: str, sample: dict, stem: str) -> tuple[str, str]:
+    """(the caption in a sample's .txt or .json, or why it cannot be read)."""
+    field = next((stem + suffix for suffix in ("txt", "json") if sample.get(stem + suffix) is not None), None)
+    if field is None:
+        return "", ""
     try:
-        if "txt" in sample:
-            return words(read_span(path, sample["txt"]).decode("utf-8-sig"))
-        found = json.loads(read_span(path, sample["json"])) if "json" in sample else {}
-    except (OSError, ValueError):
-        return ""
-    return caption_in(found) if isinstance(found, dict) else ""
+        data = read_span(path, sample[field])
+        if field.endswith("txt"):
+            return words(decoded(data)), ""
+        found = parsed(data)
+        return (caption_in(found) if isinstance(found, dict) else ""), ""
+    except (OSError, UnreadableError) as error:
+        where = f"{name.rpartition('.')[0]}.{field.rpartition('.')[2]}"
+        return "", f"Expected a caption in UTF-8 in {where}, found {error}; pack it again as UTF-8, or leave it out."
 
 
 def read_span(path: Path, span: Span) -> bytes:

@@ -9,11 +9,14 @@ import torch
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_teacher
 from avdm2_nodes.diffusion.unets import Predictor
 from training.data import DataError
-from training.data.cache import Cache, LatentClip, Maker, Unusable, space_of, write_cache
+from training.data.cache import Cache, LatentClip, Maker, space_of, write_cache
+from training.data.captions import words
 from training.data.latents import Encoder, LatentClips, Prompts
+from training.data.unusable import Unusable
 from training.run.config import DistillConfig
 from training.run.precision import autocast, uses_bf16
 from training.run.randomness import sample_generators
+from training.run.reading import UnreadableError, read_text
 
 SHARD_CLIPS = 32  # the most that an interruption loses
 
@@ -21,10 +24,9 @@ SHARD_CLIPS = 32  # the most that an interruption loses
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank. DataError where it cannot be read or has none."""
     try:
-        prompts = [" ".join(line.split()) for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        cause = getattr(error, "strerror", None) or "another encoding than UTF-8"
-        raise DataError(f"Expected a text of prompts at {path}, found: {cause}; name another.") from error
+        prompts = [words(line) for line in read_text(path).splitlines()]
+    except UnreadableError as error:
+        raise DataError(f"Expected a text of prompts at {path}, found: {error}; name another.") from error
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise DataError(f"Expected a prompt a line in {path}, found none; write some.")
@@ -45,7 +47,7 @@ def sampled_clips(
     `teacher_hash` names the teacher. As many at once as a training step takes, never over the bounds of a part.
     """
     run, steps, device = config.run, config.evaluation.teacher_steps, encoder.device
-    guidance, at_once = config.evaluation.teacher_guidance, config.run.batch // config.run.accumulate
+    guidance, at_once = config.evaluation.teacher_guidance, config.run.clips_at_once
     shape, empty = latent_shape(config, encoder), encoder.text("")[None].to(device)
 
     def make(parts: Sequence[range]) -> Iterator[LatentClip | Unusable]:
@@ -86,5 +88,5 @@ def clips_for_prompts(
     source, make = sampled_clips(config, teacher, teacher_hash, encoder, prompts)
     source["precision"] = "bf16" if uses_bf16(encoder.device, config.run.precision) else "float32"
     folder.mkdir(exist_ok=True)
-    write_cache(folder, space | {"stride": None}, source, config.data.clips, SHARD_CLIPS, make)
+    write_cache(folder, space | {"stride": None, "fps": None}, source, config.data.clips, SHARD_CLIPS, make)
     return LatentClips(Cache(folder, space), encoder)

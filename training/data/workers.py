@@ -1,37 +1,36 @@
 """Clips of videos, decoded by worker processes and encoded in order."""
 
 import contextlib
-import hashlib
-import json
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from training.data import DataError
-from training.data.cache import LatentClip, Maker, Unusable
-from training.data.clips import ClipFolder, Entry
+from training.data.cache import LatentClip, Maker
+from training.data.clips import ClipFolder
 from training.data.latents import Encoder
+from training.data.unusable import Unusable
 from training.data.video import VideoError
 
 
 class _Frames(Dataset):
-    """What worker processes make of a clip: its frames (F, H, W, 3) uint8, or why it cannot be used."""
+    """What worker processes make of a clip: its frames (F, H, W, 3) uint8 and their rate, or why it cannot be used."""
 
     def __init__(self, clips: ClipFolder):
         self.clips = clips
 
-    def __getitem__(self, index: int) -> np.ndarray | str:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, float | None] | Unusable:
         try:
-            return self.clips.read(index).numpy()
+            frames, rate = self.clips.decode(index)
+            return frames.numpy(), rate
         except VideoError as error:
-            return str(error)
+            return Unusable(self.clips.entries[index].name, str(error), error.kind)
 
 
 def _as_it_is(item):
@@ -66,10 +65,6 @@ def told_of_workers() -> Iterator[None]:
 
 def encoded_videos(clips: ClipFolder, encoder: Encoder, workers: int) -> tuple[dict, Maker]:
     """(what the clips are made of, their maker): decoded by worker processes a few clips ahead, encoded one by one in their order."""
-    entries = hashlib.sha256()
-    with ThreadPoolExecutor(8) as pool:  # waits for the disk
-        for entry, fingerprint in zip(clips.entries, pool.map(Entry.fingerprint, clips.entries), strict=True):
-            entries.update(json.dumps([entry.name, entry.caption, fingerprint]).encode())
 
     def make(parts: Sequence[range]) -> Iterator[LatentClip | Unusable]:
         order = [i for part in parts for i in part]
@@ -79,9 +74,11 @@ def encoded_videos(clips: ClipFolder, encoder: Encoder, workers: int) -> tuple[d
         )
         for i, found in zip(order, frames, strict=True):
             entry = clips.entries[i]
-            if isinstance(found, str):
-                yield Unusable(entry.name, found)
+            if isinstance(found, Unusable):
+                yield found
             else:
-                yield LatentClip(entry.name, entry.caption, encoder.clip(torch.from_numpy(found)), encoder.text(entry.caption))
+                frames, rate = found
+                latents = encoder.clip(torch.from_numpy(frames))
+                yield LatentClip(entry.name, entry.caption, latents, encoder.text(entry.caption), rate)
 
-    return {"kind": "videos", "videos": entries.hexdigest()}, make
+    return {"kind": "videos", "videos": clips.fingerprint()}, make

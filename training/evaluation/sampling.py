@@ -119,6 +119,16 @@ def generate(
     return stack.decode_clips(sampler(draw_noise(shape, generators, text.device), text, generators, callback))
 
 
+def require_positions(unet: UNetMotionModel, window: int) -> None:
+    """SampleError for windows of more frames than the motion modules know positions for."""
+    most = unet.config.motion_max_seq_length
+    if window > most:
+        raise SampleError(
+            f"Expected {most} frames at most, which is as many positions as the motion modules know, found {window} in the model's own "
+            "facts (a student's frames, or stack.json's); correct them there."
+        )
+
+
 def teacher_size(stack: Stack) -> tuple[int, int]:
     """Height and width in pixels that the image UNet was made for."""
     size, factor = stack.image_unet.config.sample_size, stack.pixels

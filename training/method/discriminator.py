@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class DiscriminatorHeads(nn.Module):
@@ -34,6 +35,11 @@ class DiscriminatorHeads(nn.Module):
             feature = F.normalize(feature.float(), dim=1) * feature.shape[1] ** 0.5
             scales.append(_resize(project(feature), frames, height, width))
         return self.judge(torch.cat(scales, 1)).squeeze(1)
+
+
+def judge_as_they_stand(heads: DiscriminatorHeads, features: list[Tensor]) -> Tensor:
+    """The heads' logits; a gradient goes to the features and not to the heads."""
+    return functional_call(heads, {name: weight.detach() for name, weight in heads.named_parameters()}, (features,))
 
 
 def _resize(x: Tensor, frames: int, height: int, width: int) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 
 from avdm2_nodes.files.hashes import weights_hash
+from avdm2_nodes.files.licence import licence_of
 from avdm2_nodes.files.stack import Stack
 from avdm2_nodes.files.student import Student, write_student
 from avdm2_nodes.files.student_info import StudentInfo
@@ -24,7 +25,7 @@ def export(config: DistillConfig, run: RunFolder, stack: Stack, roles: Roles, sc
     info = StudentInfo(
         title=f"{stack.folder.name}, {len(config.student.steps)} steps",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        license=licence_of(stack),
+        license=licence_of(stack.folder),
         holds=config.model.train,
         timesteps=config.student.steps,
         frames=config.data.frames,
@@ -61,13 +62,7 @@ def export_style(
         training_config=to_yaml(config),
         title=f"{name} for {student.info.title}",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        license=licence_of(stack),
+        license=licence_of(stack.folder),
     )
     write_style(path, {name: tensor.half() for name, tensor in roles.student_weights.items()}, info)
     return path
-
-
-def licence_of(stack: Stack) -> str:
-    """The licence that a stack's folder states in a LICENSE file's first line; SD1.5's where it states none."""
-    path = stack.folder / "LICENSE"
-    return path.read_text().splitlines()[0].strip() if path.exists() else "CreativeML OpenRAIL-M"

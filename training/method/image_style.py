@@ -5,10 +5,8 @@ import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from avdm2_nodes.diffusion.schedules import IMAGE
@@ -17,9 +15,7 @@ from avdm2_nodes.diffusion.unets import Predictor, image_predictor
 from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.lora import lora_products
 from avdm2_nodes.files.stack import Stack
-from training.data import DataError
-from training.data.captions import caption_beside, read_table
-from training.data.clips import cover
+from training.data.pictures import read_pictures
 from training.method.adapters import Adapters
 from training.method.stage import adamw, run_stage
 from training.run.checkpoint import write_atomically
@@ -27,35 +23,10 @@ from training.run.config import DistillConfig
 from training.run.folder import RunFolderError
 from training.run.parent import Stop, never
 from training.run.precision import autocast, lent
+from training.run.reading import UnreadableError, read_json
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTION_DROP = 0.1  # share of captions replaced by the empty one, which guidance needs (Ho & Salimans, arXiv 2207.12598)
 CPU = torch.device("cpu")
-
-
-def find_images(folder: Path) -> list[tuple[Path, str]]:
-    """The images of a folder and its subfolders, sorted by name, with their captions.
-
-    A caption stands in `captions.csv` or `captions.jsonl` (`file`, `caption`), else in a text file beside the image; one without is
-    trained on the empty prompt. DataError for a folder that is missing or has no images.
-    """
-    if not folder.is_dir():
-        raise DataError(f"Expected a folder of images at {folder}, found {'a file' if folder.exists() else 'nothing'}.")
-    paths = [p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
-    if not paths:
-        raise DataError(f"Expected images ({', '.join(IMAGE_SUFFIXES)}) in {folder}, found none; put some there.")
-    table = read_table(folder)
-    return [(path, table.get(path.relative_to(folder).as_posix()) or caption_beside(path)) for path in sorted(paths)]
-
-
-def read_image(path: Path, height: int, width: int) -> Tensor:
-    """(height, width, 3) uint8: turned as its EXIF says, resized to cover, the centre cut out. DataError where it is no image."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"Expected an image at {path}, found: {error}; mend it or take it out of the folder.") from error
-    return cover(torch.from_numpy(pixels)[None], height, width)[0]
 
 
 def dropped(captions: list[str], generator: torch.Generator) -> list[str]:
@@ -99,9 +70,7 @@ def learn_style(
     cannot be used, RunFolderError where the folder was begun with other images or settings, StoppedError as `run_stage`.
     """
     style, rank = config.style, config.model.lora_rank
-    images = find_images(style.images)
-    pixels = torch.stack([read_image(path, config.data.height, config.data.width) for path, _ in images])
-    captions = [caption for _, caption in images]
+    pixels, captions = read_pictures(style.images, config.data.height, config.data.width, config.data.strict)
     _require_same(folder, _settings(config, stack, pixels, captions))
     with lent(device, stack.vae), autocast(device, config.run.precision):
         latents = torch.cat([stack.encode_clips(part[:, None]).cpu() for part in pixels.split(32)])
@@ -137,11 +106,17 @@ def _settings(config: DistillConfig, stack: Stack, pixels: Tensor, captions: lis
 
 def _require_same(folder: Path, settings: dict) -> None:
     path = folder / "settings.json"
-    folder.mkdir(exist_ok=True)
-    if not path.exists():
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
-        return
-    earlier = json.loads(path.read_text())
+    try:
+        folder.mkdir(exist_ok=True)
+        if not path.exists():
+            write_atomically(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
+            return
+        earlier = dict(read_json(path))
+    except (OSError, UnreadableError, TypeError, ValueError) as error:
+        raise RunFolderError(
+            f"Expected the settings of the image model in {path}, found: {getattr(error, 'strerror', None) or error}; remove {folder} "
+            "to have it learnt again, or name another folder with --run.folder."
+        ) from error
     if other := [key for key, value in settings.items() if earlier.get(key) != value]:
         raise RunFolderError(
             f"Expected to go on with the image model in {folder}, found that it was begun with another {', '.join(other)}; "

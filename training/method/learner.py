@@ -3,8 +3,9 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from training.method.masters import Weights, gather, refresh
 from training.run.processes import Processes
 
 MAX_BAD_STEPS = 5
@@ -18,13 +19,14 @@ class OptimiserError(ValueError):
     """An optimiser that this machine does not have; the message is one sentence."""
 
 
-def new_optimiser(kind: str, weights: dict[str, nn.Parameter], lr: float, betas: tuple[float, float], decay: float = 0.0):
+def new_optimiser(kind: str, weights: Weights, lr: float, betas: tuple[float, float], decay: float = 0.0):
     """AdamW (arXiv 1711.05101) of the setting `run.optimiser`: torch's, or bitsandbytes' with states in 8 bits (arXiv 2110.02861).
 
     OptimiserError where bitsandbytes is not installed.
     """
     if kind == "adamw":
-        return torch.optim.AdamW(weights.values(), lr=lr, betas=betas, weight_decay=decay)
+        on_gpu = all(weight.is_cuda for weight in weights.values())
+        return torch.optim.AdamW(weights.values(), lr=lr, betas=betas, weight_decay=decay, fused=on_gpu or None)
     try:
         import bitsandbytes.optim
     except ImportError as error:
@@ -36,19 +38,32 @@ def new_optimiser(kind: str, weights: dict[str, nn.Parameter], lr: float, betas:
 
 
 class Learner:
-    """Weights with their optimiser: gradients averaged over the processes and clipped by norm, bad steps skipped and counted."""
+    """Weights with their optimiser: gradients averaged over the processes and clipped by norm, bad steps skipped and counted.
+
+    Where networks compute with bf16 `copies`, the weights are their masters.
+    """
 
     def __init__(
         self,
         name: str,
-        weights: dict[str, nn.Parameter],
+        weights: Weights,
         optimiser: torch.optim.Optimizer,
         clip: float,
         processes: Processes | None = None,
+        copies: Weights | None = None,
     ):
-        self.name, self.weights, self.optimiser, self.clip = name, weights, optimiser, clip
+        self.name, self.weights, self.copies, self.optimiser, self.clip = name, weights, copies, optimiser, clip
         self.processes = processes or Processes("cpu")
         self.steps = self.skipped = self.skipped_in_a_row = 0
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a part of the update's loss."""
+        loss.backward()
+        gather(self.weights, self.copies)
+
+    def refresh(self) -> None:
+        """After the weights were set, and not by a step: what networks compute with follows."""
+        refresh(self.weights, self.copies)
 
     def step(self, losses: dict[str, Tensor], lr: float | None = None) -> tuple[dict[str, float], float]:
         """One update from the gradients that were accumulated, at `lr` if given; returns the losses' means over all processes, and
@@ -63,8 +78,10 @@ class Learner:
         if math.isfinite(norm) and math.isfinite(sum(figures)):
             self.optimiser.param_groups[0]["lr"] = lr or self.optimiser.param_groups[0]["lr"]
             self.optimiser.step()
+            self.refresh()
             self.steps += 1
-            self.skipped_in_a_row = 0
+            if norm > 0:  # an update that had nothing to judge says nothing about the ones before
+                self.skipped_in_a_row = 0
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -85,4 +102,8 @@ class Learner:
         self.steps, self.skipped, self.skipped_in_a_row = state["steps"], state["skipped"], state["skipped_in_a_row"]
         for name, weight in self.weights.items():
             weight.copy_(state["weights"][name])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.refresh()
+        saved = state["optimiser"]
+        for group, own in zip(saved["param_groups"], self.optimiser.param_groups, strict=True):
+            group |= {key: own[key] for key in ("fused", "foreach") if key in own}  # how it runs is this device's matter
+        self.optimiser.load_state_dict(saved)

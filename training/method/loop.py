@@ -2,20 +2,21 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise, teacher_x0
+from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise, teacher_x0, to_device
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO, Schedule
 from avdm2_nodes.diffusion.sdm import score_pair, sdm_gradient
 from training.data.latents import LatentClips
 from training.data.order import indices, rank_places
-from training.method.discriminator import DiscriminatorHeads
+from training.method.discriminator import DiscriminatorHeads, judge_as_they_stand
 from training.method.ema import EMA
 from training.method.learner import Learner, new_optimiser
 from training.method.losses import (
@@ -27,17 +28,31 @@ from training.method.losses import (
     scale_gradient,
     sdm_loss,
 )
+from training.method.masters import Weights
 from training.method.roles import Roles
 from training.run.checkpoint import Checkpoints
 from training.run.config import DistillConfig
 from training.run.folder import RunFolder, RunFolderError
 from training.run.meter import Meter
 from training.run.parent import Stop, StoppedError, never
-from training.run.precision import autocast, uses_bf16
+from training.run.precision import uses_bf16
 from training.run.processes import Processes
 from training.run.randomness import chain_steps, draw_frames, draw_timesteps, sample_generators
 
 logger = logging.getLogger(__name__)
+
+
+def kinds_judged(config: DistillConfig) -> int:
+    """How many kinds of clips the heads learn from: the student's, real ones, and with R1 real ones that are perturbed."""
+    return 2 + (config.adm.r1_weight > 0)
+
+
+def looks(part: int, kinds: int) -> int:
+    """Turns of parts of so many clips that the critics' encoder looks at in one batch: eight clips, or one turn that has more.
+
+    It keeps no activations for a gradient, so they may be more than the student learns from at once.
+    """
+    return max(1, 8 // (part * kinds))
 
 
 @dataclass
@@ -49,11 +64,14 @@ class Made:
     real: Tensor  # (B, C, F, h, w), clips of the data with the same captions
     x_t: Tensor  # (B, C, F, h, w), states of the student's chain at t
     t: Tensor  # (B,)
-    next_t: Tensor  # (B,) timesteps that the chain goes on at, 0 at its end
+    next_t: Tensor  # (B,) timesteps that the chain goes on at, 0 at its end; on the CPU
     fake: Tensor  # (B, C, F, h, w), the x0 that it made of x_t, detached
+    seen: dict[int, list[Tensor] | None] = field(default_factory=dict)  # by the critics' turn: what `look` left for its loss
 
     def __getitem__(self, chosen: list[int]) -> "Made":
         """The clips of these places in the batch only."""
+        if len(chosen) == len(self.samples):
+            return self
         tensors = (self.text, self.real, self.x_t, self.t, self.next_t, self.fake)
         return Made([self.samples[i] for i in chosen], *(tensor[chosen] for tensor in tensors))
 
@@ -89,13 +107,17 @@ class Distillation:
         self.processes = processes or Processes("cpu")
         student, sdm, adm, kind = config.student, config.sdm, config.adm, config.run.optimiser
 
-        def learner(name: str, weights: dict, lr: float, betas: tuple, decay: float = 0.0) -> Learner:
-            return Learner(name, weights, new_optimiser(kind, weights, lr, betas, decay), student.clip, self.processes)
+        def learner(name: str, weights: Weights, lr: float, betas: tuple, decay: float = 0.0, copies=None) -> Learner:
+            return Learner(name, weights, new_optimiser(kind, weights, lr, betas, decay), student.clip, self.processes, copies)
 
-        self.student = learner("student", roles.student_weights, student.lr, student.betas, student.weight_decay)
-        self.fake = learner("fake score", roles.fake_weights, sdm.lr, sdm.betas)
+        self.student = learner(
+            "student", roles.student_weights, student.lr, student.betas, student.weight_decay, roles.student_copies
+        )
+        self.fake = learner("fake score", roles.fake_weights, sdm.lr, sdm.betas, copies=roles.fake_copies)
         self.critic = learner("discriminator", dict(heads.named_parameters()), adm.lr, adm.betas)
         self.ema = EMA(roles.student_weights, student.ema)
+
+        self.kinds = kinds_judged(config)
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name).state_dict() for name in ("student", "fake", "critic", "ema")}
@@ -104,8 +126,10 @@ class Distillation:
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
 
-    def autocast(self, cache: bool = True):
-        return autocast(self.device, self.config.run.precision, cache)
+    def swap(self) -> None:
+        """Exchanges the student's averaged and live weights; called twice it changes nothing."""
+        self.ema.swap()
+        self.student.refresh()
 
     def make_clips(self, real: Tensor, text: Tensor, samples: range) -> tuple[Made, Tensor]:
         """The student's clips, each at a step of its own chain, and the same x0 (B, C, F, h, w) with its gradient."""
@@ -114,12 +138,11 @@ class Distillation:
         steps = chain_steps(samples, len(timesteps), config.run.seed)
         generators = sample_generators(samples, config.run.seed, "student")
         noise = draw_noise(real.shape, generators, self.device)
-        with self.autocast(cache=False):
-            x_t, x0 = backward_simulation(self.roles.student, noise, text, config.student.steps, steps, generators)
+        x_t, x0 = backward_simulation(self.roles.student, noise, text, config.student.steps, steps, generators)
         # x0 = (x_t - sigma eps) / alpha magnifies an error of eps up to 25 times, and its gradient with it.
-        t = timesteps[steps].to(x0.device)
+        t = to_device(timesteps[steps], self.device)
         alpha, sigma = VIDEO.alpha_sigma(t, x0)
-        next_t = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.long)])[steps].to(x0.device)
+        next_t = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.long)])[steps]
         return Made(samples, text, real, x_t, t, next_t, x0.detach()), scale_gradient(x0, (alpha / sigma).clamp(max=1.0))
 
     def judged_from(self, made: Made, schedule: Schedule) -> Tensor:
@@ -129,8 +152,8 @@ class Distillation:
         at less, each step would have to be a one-step generator (Phased DMD, arXiv 2510.27684).
         """
         if not self.config.student.phased:
-            return torch.zeros_like(made.next_t, device="cpu")
-        return schedule.timestep_of(VIDEO.alphas_cumprod[made.next_t.cpu()])
+            return torch.zeros_like(made.next_t)
+        return schedule.timestep_of(VIDEO.alphas_cumprod[made.next_t])
 
     def judged(self, made: Made, schedule: Schedule, t_max: int) -> list[int]:
         """The places of the clips that a loss judges: those whose lowest timestep to be judged at lies within its range."""
@@ -151,20 +174,17 @@ class Distillation:
     def diffuse(self, made: Made, clips: Tensor, generators) -> tuple[Tensor, Tensor]:
         """(x_t, t): clips diffused to random timesteps of ADM's range."""
         config = self.config.adm
-        t = draw_timesteps(generators, self.judged_from(made, VIDEO).clamp(min=config.t_min), config.t_max).to(self.device)
+        t = draw_timesteps(generators, self.judged_from(made, VIDEO).clamp(min=config.t_min), config.t_max)
+        t = to_device(t, self.device)
         return VIDEO.diffuse(clips, draw_noise(clips.shape, generators, self.device), t), t
-
-    def logits(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        with self.autocast():
-            return self.heads(self.roles.encoder(x_t, t, text))
 
     def guidance(self, made: Made, clips: Tensor) -> Tensor:
         """The loss that teaches the student what its guide, with CFG, makes of its states, on the way to the next step."""
         warmup = self.config.warmup
-        with self.autocast():
-            guided_x0 = teacher_x0(
-                self.roles.guide, made.x_t, made.t, made.next_t, made.text, self.empty_text, warmup.guidance, warmup.substeps
-            )
+        guided_x0 = teacher_x0(
+            self.roles.guide, made.x_t, made.t, to_device(made.next_t, self.device), made.text, self.empty_text,
+            warmup.guidance, warmup.substeps,
+        )  # fmt: skip
         return guidance_loss(clips, guided_x0)
 
     def sdm(self, made: Made, clips: Tensor) -> Tensor:
@@ -176,20 +196,20 @@ class Distillation:
         share, made, clips = len(judged) / len(clips), made[judged], clips[judged]
         generators = sample_generators(made.samples, self.config.run.seed, "sdm")
         frames, noise, t, text = self.draw_frames(made, clips, generators)
-        with self.autocast():
-            fake_x0, real_x0 = score_pair(
-                frames.detach(), noise, t, text, self.empty_text, roles.real_score, roles.fake_score, config.guidance
-            )
+        fake_x0, real_x0 = score_pair(
+            frames.detach(), noise, t, text, self.empty_text, roles.real_score, roles.fake_score, config.guidance
+        )
         return share * sdm_loss(frames, sdm_gradient(frames.detach(), fake_x0, real_x0))
 
     def adm(self, made: Made, clips: Tensor) -> Tensor:
-        """The student's ADM loss, likewise; the gradient flows through the frozen encoder."""
+        """The student's ADM loss, likewise; the gradient flows through the frozen encoder, and through the heads as they stand."""
         judged = self.judged(made, VIDEO, self.config.adm.t_max)
         if not judged:
             return 0 * clips.sum()
         share, made, clips = len(judged) / len(clips), made[judged], clips[judged]
         generators = sample_generators(made.samples, self.config.run.seed, "adm")
-        return share * adm_student_loss(self.logits(*self.diffuse(made, clips, generators), made.text))
+        x_t, t = self.diffuse(made, clips, generators)
+        return share * adm_student_loss(judge_as_they_stand(self.heads, self.roles.encoder(x_t, t, made.text)))
 
     def fake_loss(self, made: Made, turn: int) -> Tensor:
         """The fake score's denoising loss on frames of the student's clips, at the noise that SDM asks it about."""
@@ -199,25 +219,54 @@ class Distillation:
         share, made = len(judged) / len(made.t), made[judged]
         generators = sample_generators(made.samples, self.config.run.seed, "fake", turn)
         frames, noise, t, text = self.draw_frames(made, made.fake, generators)
-        with self.autocast():
-            return share * denoising_loss(self.roles.fake_score(IMAGE.diffuse(frames, noise, t), t, text), noise)
+        return share * denoising_loss(self.roles.fake_score(IMAGE.diffuse(frames, noise, t), t, text), noise)
 
     def critic_loss(self, made: Made, turn: int) -> Tensor:
         """The discriminator's loss; real and student clips have the same captions, and noise and t of their own."""
-        config, seed, judged = self.config.adm, self.config.run.seed, self.judged(made, VIDEO, self.config.adm.t_max)
-        if not judged:
+        config = self.config.adm
+        if turn not in made.seen:
+            self.look([(made, turn)])
+        features = made.seen.pop(turn)
+        if features is None:
             return torch.zeros((), device=self.device)
-        share, made = len(judged) / len(made.t), made[judged]
-        fake = sample_generators(made.samples, seed, "critic fake", turn)
-        real = sample_generators(made.samples, seed, "critic real", turn)
-        fake_logits = self.logits(*self.diffuse(made, made.fake, fake), made.text)
-        x_t, t = self.diffuse(made, made.real, real)
-        real_logits = self.logits(x_t, t, made.text)
+        fake_logits, real_logits, *near_logits = self.heads(features).chunk(self.kinds)
         loss = adm_discriminator_loss(fake_logits, real_logits)
+        if near_logits:
+            loss = loss + config.r1_weight * approximate_r1(real_logits, near_logits[0], config.r1_sigma)
+        return len(fake_logits) / len(made.t) * loss
+
+    @torch.no_grad()
+    def look(self, asked: Iterable[tuple[Made, int]]) -> None:
+        """The frozen encoder's features of all that the heads will judge of some parts at some turns, by one evaluation.
+
+        Left in each part's `seen`: those of its judged clips, as the student made them, then the real ones, then for R1 the real ones
+        again, perturbed; None where no clip is judged.
+        """
+        inputs, owners = [], []
+        for made, turn in asked:
+            made.seen[turn] = None
+            if judged := self.judged(made, VIDEO, self.config.adm.t_max):
+                inputs.append(self.critic_inputs(made[judged], turn))
+                owners.append((made, turn))
+        if not inputs:
+            return
+        x_t, t, text = (torch.cat(tensors) for tensors in zip(*inputs, strict=True))
+        features = self.roles.encoder(x_t, t, text)
+        sizes = [len(x_t) for x_t, _, _ in inputs]
+        for (made, turn), *own in zip(owners, *(feature.split(sizes) for feature in features), strict=True):
+            made.seen[turn] = own
+
+    def critic_inputs(self, made: Made, turn: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_t, t, text) of what the heads judge of clips, each kind of clip after the other."""
+        config, seed, kinds = self.config.adm, self.config.run.seed, []
+        fake, real = (sample_generators(made.samples, seed, kind, turn) for kind in ("critic fake", "critic real"))
+        kinds.append(self.diffuse(made, made.fake, fake))
+        x_t, t = self.diffuse(made, made.real, real)
+        kinds.append((x_t, t))
         if config.r1_weight > 0:
-            near = x_t + config.r1_sigma * draw_noise(x_t.shape, real, self.device)
-            loss = loss + config.r1_weight * approximate_r1(real_logits, self.logits(near, t, made.text), config.r1_sigma)
-        return share * loss
+            kinds.append((x_t + config.r1_sigma * draw_noise(x_t.shape, real, self.device), t))
+        x_t, t = (torch.cat(tensors) for tensors in zip(*kinds, strict=True))
+        return x_t, t, made.text.repeat(len(kinds), 1, 1)
 
     def student_losses(self, step: int, made: Made, clips: Tensor) -> dict[str, Tensor]:
         """The student's weighted losses at a step: of guidance in the warm-up, then of distribution matching."""
@@ -248,6 +297,7 @@ class Distillation:
         config = self.config
         if step == config.warmup.updates:
             self.ema.settle()
+            self.student.refresh()
         batch = config.run.batch
         places = rank_places(step * batch, batch, self.processes.rank, self.processes.count)
         part = len(places) // config.run.accumulate
@@ -262,12 +312,11 @@ class Distillation:
             made_parts.append(made)
             if trains_student:
                 losses = self.student_losses(step, made, clips)
-                (sum(losses.values()) / config.run.accumulate).backward()
+                self.student.backward(sum(losses.values()) / config.run.accumulate)
                 _add(terms, losses, config.run.accumulate)
         if trains_student:
             figures, norm = self.student.step(terms, self.student_lr(step))
             figures["student_norm"] = norm
-            self.critic.optimiser.zero_grad(set_to_none=True)  # the student's loss left gradients in the heads
             self.ema.update()
         if not phase_of(config, step).critics:
             return figures
@@ -275,16 +324,25 @@ class Distillation:
             for turn in range(config.sdm.updates_per_student):
                 figures |= self._critic_update(self.fake, "fake", self.fake_loss, made_parts, turn)
         if config.adm.weight > 0:
+            asked = [(made, turn) for turn in range(config.adm.updates_per_student) for made in made_parts]
             for turn in range(config.adm.updates_per_student):
-                figures |= self._critic_update(self.critic, "critic", self.critic_loss, made_parts, turn)
+                figures |= self._critic_update(self.critic, "critic", partial(self._seen_loss, asked), made_parts, turn)
         return figures
+
+    def _seen_loss(self, asked: list[tuple[Made, int]], made: Made, turn: int) -> Tensor:
+        """`critic_loss`, the encoder looking at several at a time of those that are asked for and not seen yet."""
+        if turn not in made.seen:
+            count = looks(len(made.samples), self.kinds)
+            self.look(asked[:count])
+            del asked[:count]
+        return self.critic_loss(made, turn)
 
     def _critic_update(self, learner: Learner, name: str, loss_of: Callable, parts: list[Made], turn: int) -> dict[str, float]:
         terms: dict[str, Tensor] = {}
         for made in parts:
             loss = loss_of(made, turn)
             if loss.requires_grad:  # else none of the part's clips is judged
-                (loss / len(parts)).backward()
+                learner.backward(loss / len(parts))
             _add(terms, {name: loss}, len(parts))
         figures, norm = learner.step(terms)
         return figures | {f"{name}_norm": norm}
@@ -314,7 +372,7 @@ def train(
     config, processes = distillation.config, distillation.processes
     checkpoints = Checkpoints(run.path / "checkpoints", config.run.keep)
     start, seconds = 0, 0.0
-    found = checkpoints.latest()
+    found = checkpoints.latest(("student", "fake", "critic", "ema", "seconds"))
     if found:
         start, state = found
         seconds = state.pop("seconds")
@@ -357,8 +415,8 @@ def train(
                 processes.wait()  # where one of them ends, the launcher ends all
                 raise StoppedError(f"Stopped after update {done} of {total}; the same command goes on from there.")
             if processes.main and done % config.run.sample_every == 0 and done < total:
-                distillation.ema.swap()
+                distillation.swap()
                 show(done)
-                distillation.ema.swap()
-    distillation.ema.swap()
+                distillation.swap()
+    distillation.swap()
     return total

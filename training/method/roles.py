@@ -1,7 +1,7 @@
 """The networks of a distillation as the losses see them: functions, not modules.
 
-One constructor decides what stands behind them: separate copies of the weights, or adapters (LoRA, arXiv 2106.09685, by peft) on one
-frozen base. The numbers are the same; the memory is not.
+One constructor decides what stands behind them: separate copies of the weights, or adapters (LoRA, arXiv 2106.09685) on one frozen
+base. The numbers are the same; the memory is not.
 """
 
 import copy
@@ -21,6 +21,7 @@ from avdm2_nodes.diffusion.unets import (
     video_predictor,
     video_unet,
     with_own_motion,
+    without_waste,
 )
 from avdm2_nodes.files.architecture import unet_config
 from avdm2_nodes.files.stack import Stack, StackError
@@ -28,6 +29,7 @@ from avdm2_nodes.files.student import Student
 from avdm2_nodes.files.student_info import StudentFileError
 from avdm2_nodes.files.student_unet import require_base, student_unet
 from training.method.adapters import Adapters, checkpoint_layers
+from training.method.masters import Weights, masters_of
 
 Encoder = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
 Place = Callable[[nn.Module], nn.Module]  # takes a network to where it stays, and gives it back
@@ -43,11 +45,13 @@ class Roles:
     encoder: Encoder
     real_score: Predictor
     fake_score: Predictor
-    student_weights: dict[str, nn.Parameter]
-    fake_weights: dict[str, nn.Parameter]
+    student_weights: Weights
+    fake_weights: Weights
     student_positions: dict[str, Tensor]  # position encodings of the student's motion modules: buffers, never trained
     student_config: dict  # what builds its UNet again
     modules: list[nn.Module] = field(repr=False)  # all that they are made of
+    student_copies: Weights | None = None  # in bf16, what the networks compute with, where the weights above are their masters
+    fake_copies: Weights | None = None
 
 
 def build_roles(
@@ -68,8 +72,8 @@ def build_roles(
     `train`: "all" weights of student and fake score, each a copy; "motion" modules only, or "motion+lora": motion modules and
     LoRA on the spatial layers; with both the fake score is a LoRA on the real score. `share_base` puts those adapters on one copy of
     the spatial weights. The student begins as the teacher, or as a finished `student`; with "style" it is that one, frozen, with
-    LoRA on its spatial layers (see `_restyled`). With `half`, for runs in bf16 autocast, frozen weights are held in bf16. All go to
-    `device`, one network after another, for together they may be more than a computer's memory holds; the stack stays where it is.
+    LoRA on its spatial layers (see `_restyled`). With `half` all networks are in bf16, and what is trained has float32 masters. All
+    go to `device`, one network after another, for together they may be more than a computer's memory holds; the stack stays where it is.
     Raises ValueError for share_base with "all", StackError for a score UNet of other latents or texts, StudentFileError for a
     student of another base or of weights that are not those to be trained.
     """
@@ -100,20 +104,23 @@ def build_roles(
         _begin_as(student, roles, stack, train)
     for network in roles.modules:
         place(network)
-    return roles
+    if not half:
+        return roles
+    for network in roles.modules:
+        for layer in network.modules():
+            layer._buffers |= {name: buffer.bfloat16() for name, buffer in layer._buffers.items() if buffer is not None}
+    student, fake = roles.student_weights, roles.fake_weights
+    return replace(
+        roles, student_weights=masters_of(student), fake_weights=masters_of(fake), student_copies=student, fake_copies=fake
+    )
 
 
 @torch.no_grad()
 def halve(network: nn.Module) -> None:
-    """Puts the frozen weights of products into bf16, in place: the numbers that autocast would make of them at each use.
-
-    Normalisations keep theirs, for autocast leaves those in float32; so do layers of which anything is trained.
-    """
-    for layer in network.modules():
-        own = list(layer.parameters(recurse=False))
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not any(weight.requires_grad for weight in own):
-            for weight in own:
-                weight.data = weight.data.bfloat16()
+    """Puts all frozen weights of a network into bf16, in place."""
+    for weight in network.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.bfloat16()
 
 
 def _adapted(
@@ -140,9 +147,9 @@ def _adapted(
     on_the_base = share_base and score_unet is stack.image_unet
     score_adapters = video_adapters if on_the_base else Adapters()
     if share_base:
-        real = fake = spatial if on_the_base else copy.deepcopy(score_unet)
+        real = fake = spatial if on_the_base else without_waste(copy.deepcopy(score_unet))
     else:
-        real, fake = place(copy.deepcopy(score_unet)), copy.deepcopy(score_unet)
+        real, fake = place(without_waste(copy.deepcopy(score_unet))), without_waste(copy.deepcopy(score_unet))
     fake_weights = score_adapters.add(fake, "fake", lora_rank, seed)
 
     adapter = "student" if train == "motion+lora" else None
@@ -211,7 +218,7 @@ def _restyled(
     if share_base:
         real = fake = share_spatial_layers(teacher, style)
     else:
-        teacher, real, fake = place(teacher), place(copy.deepcopy(style)), copy.deepcopy(style)
+        teacher, real, fake = place(teacher), place(without_waste(copy.deepcopy(style))), without_waste(copy.deepcopy(style))
     fake_weights = score_adapters.add(fake, "fake", lora_rank, seed)
     roles = _with_adapters(
         (teacher, score_adapters), (own, adapters, "student"), (real, score_adapters), fake,
@@ -245,7 +252,7 @@ def begin_with(lora: dict[str, nn.Parameter], change: Mapping[str, Tensor]) -> N
 def _copies(stack: Stack, score_unet: UNet2DConditionModel, gradient_checkpointing: bool, place: Place) -> Roles:
     teacher = place(video_unet(stack.image_unet, stack.motion).requires_grad_(False).eval())
     student = place(video_unet(stack.image_unet, stack.motion).requires_grad_(True).eval())
-    real, fake = (place(copy.deepcopy(score_unet).requires_grad_(trained)) for trained in (False, True))
+    real, fake = (place(without_waste(copy.deepcopy(score_unet)).requires_grad_(trained)) for trained in (False, True))
     if gradient_checkpointing:
         checkpoint_layers([teacher, student, real, fake], [])
     return Roles(

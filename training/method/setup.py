@@ -34,7 +34,7 @@ def new_roles(
     half: bool = False,
     device: torch.device | None = None,
 ) -> Roles:
-    """The networks that a run's settings ask for, on `device`; with `half` for bf16 autocast only."""
+    """The networks that a run's settings ask for, on `device`; with `half` in bf16."""
     return build_roles(
         stack,
         train=config.model.train,

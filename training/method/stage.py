@@ -72,7 +72,7 @@ def run_stage(
     ema = EMA({name: p for name, p in module.named_parameters() if p.requires_grad}, ema_decay)
     checkpoints = Checkpoints(folder, keep=2)
     start, seconds = 0, 0.0
-    if found := checkpoints.latest():
+    if found := checkpoints.latest(("trained", "optimisers", "ema", "seconds")):
         start, state = found
         with torch.no_grad():
             for parameter, saved in zip(trained, state["trained"], strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from training.run.config import KEYS, ROOT, ConfigError, DistillConfig, fields, flat, parse_yaml, portable, validated
+from training.run.reading import UnreadableError, read_text
 from training.run.wording import nearest
 
 DEFAULT_FILE = ROOT / "training" / "configs" / "miniature.yaml"
@@ -72,11 +73,10 @@ def _check_arguments(argv: list[str]) -> Path:
 
 def _read_yaml(file: Path) -> dict:
     try:
-        return parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        cause = getattr(error, "strerror", None) or error
+        return parse_yaml(read_text(file), str(file))
+    except UnreadableError as error:
         raise ConfigError(
-            f"Expected a YAML file of settings at {file}, found: {cause}; give another after --config."
+            f"Expected a YAML file of settings at {file}, found: {error}; give another after --config."
         ) from error
 
 

@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from training.run.reading import require_path
 from training.run.wording import said, sentences
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,9 +32,7 @@ class ConfigError(ValueError):
 
 
 def _absolute(path: Path) -> Path:
-    if path == Path():
-        raise ValueError("expected a path")
-    return Path(os.path.normpath(ROOT / path.expanduser()))
+    return Path(os.path.normpath(ROOT / require_path(path).expanduser()))
 
 
 def portable(path: Path) -> str:
@@ -37,6 +45,19 @@ Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, 
 Timestep = Annotated[int, Field(ge=0, le=999)]
 
 
+def _count_or_auto(value):
+    """One sentence of what is wrong, where pydantic would say what each kind of value wants."""
+    if value != "auto" and not (str(value).isdecimal() and int(value) >= 1):
+        raise ValueError("expected a whole number of at least 1, or auto")
+    return value if value == "auto" else int(value)
+
+
+def _flag_or_auto(value):
+    if (word := str(value).lower()) not in ("true", "false", "auto"):
+        raise ValueError("expected true, false or auto")
+    return {"true": True, "false": False}.get(word, word)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -46,7 +67,10 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="seed of all randomness")
     updates: int = Field(150, ge=0, description="updates of the student by distribution matching, after the warm-up")
     batch: int = Field(8, ge=1, description="clips per update, over all processes and accumulation steps together")
-    accumulate: int = Field(1, ge=1, description="steps that a process cuts its part of a batch into, to save memory")
+    accumulate: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
+        1,
+        description="steps that a process cuts its part of a batch into, to save memory; auto: as few as a GPU's memory allows",
+    )
     sample_every: int = Field(50, ge=1, description="updates between sample clips")
     save_every: int = Field(25, ge=1, description="updates between checkpoints")
     keep: int = Field(3, ge=1, description="newest checkpoints to keep")
@@ -55,7 +79,9 @@ class RunConfig(Section):
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto (CUDA if there, else the CPU), cpu, cuda, cuda:N"
     )
     precision: Literal["auto", "float32", "bf16"] = Field(
-        "auto", description="of the arithmetic; auto is bf16 autocast on CUDA and on CPUs with bf16 instructions, else float32"
+        "auto",
+        description="of the networks, whose weights are trained in float32 all the same; auto is bf16 on CUDA and on CPUs with bf16 "
+        "instructions, else float32",
     )
     optimiser: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
         "adamw", description="AdamW of all that learns; in 8 bits, and paged out to the CPU's memory too, by bitsandbytes"
@@ -63,6 +89,11 @@ class RunConfig(Section):
     attached: bool = Field(
         False, exclude=True, description="stop, with a checkpoint, when standard input ends: for programs that start this one"
     )
+
+    @property
+    def clips_at_once(self) -> int:
+        """The clips of a step of one process alone; one where that is still open."""
+        return 1 if self.accumulate == "auto" else self.batch // self.accumulate
 
 
 class DataConfig(Section):
@@ -74,6 +105,10 @@ class DataConfig(Section):
     height: int = Field(64, ge=8, multiple_of=8, description="height of a clip, pixels")
     width: int = Field(64, ge=8, multiple_of=8, description="width of a clip, pixels")
     stride: int = Field(1, ge=1, description="video frames from one frame of a clip to the next")
+    fps: float | None = Field(
+        None, gt=0, le=1000, description="frames a second that videos are resampled to, by time; null takes them frame by frame"
+    )
+    strict: bool = Field(False, description="a clip, caption or picture that cannot be used is an error, not left out")
     render: int | None = Field(
         None, ge=1, description="clips of the miniature world to render into the folder if it is not there"
     )
@@ -101,7 +136,9 @@ class ModelConfig(Section):
     )
     lora_rank: int = Field(16, ge=1, description="rank of the adapters, where there are any")
     share_base: bool = Field(False, description="all networks are adapters on one frozen base, to save memory")
-    gradient_checkpointing: bool = Field(False, description="compute activations twice, to save memory")
+    gradient_checkpointing: Annotated[bool | Literal["auto"], BeforeValidator(_flag_or_auto)] = Field(
+        False, description="compute activations twice, to save memory; auto: where a GPU's memory asks for it"
+    )
 
 
 class StudentConfig(Section):
@@ -202,7 +239,7 @@ class DistillConfig(BaseSettings):
     @model_validator(mode="after")
     def _agree(self):
         run, steps, problems = self.run, self.student.steps, []
-        if run.batch % run.accumulate:
+        if run.accumulate != "auto" and run.batch % run.accumulate:
             problems.append(
                 f"run.batch: expected a multiple of run.accumulate ({run.accumulate}), found {run.batch}; change one."
             )
@@ -257,11 +294,13 @@ class DistillConfig(BaseSettings):
         return self
 
 
+_MOST_VALUES = 10_000  # that a YAML may stand for
+
 # What may change between a run and its resumption: it bears on where, how long and how fast, not on what is learnt.
 RESUMABLE_CHANGES = frozenset(
     {
         "run.folder", "run.updates", "run.accumulate", "run.sample_every", "run.save_every", "run.keep", "run.threads", "run.device",
-        "data.render", "model.gradient_checkpointing",
+        "data.render", "data.strict", "model.gradient_checkpointing",
         "evaluation.world", "evaluation.clips", "evaluation.teacher_steps", "evaluation.teacher_guidance",
         "evaluation.report",
     }
@@ -292,9 +331,11 @@ def training_changes(earlier: str, config: DistillConfig) -> list[str]:
 def parse_yaml(text: str, name: str) -> dict:
     """The sections of a text in YAML, not yet checked; ConfigError (which says `name`) where there are none."""
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = _plain(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError of a number with thousands of digits, or a date that is none
         raise ConfigError(f"Expected YAML in {name}, found: {' '.join(str(error).split())}; correct it.") from error
+    except RecursionError as error:
+        raise ConfigError(f"Expected YAML in {name}, found it nested too deep; correct it.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -303,6 +344,30 @@ def parse_yaml(text: str, name: str) -> dict:
         )
     # A section whose every line is commented out reads as null.
     return {str(key): {} if value is None and key in DistillConfig.model_fields else value for key, value in values.items()}
+
+
+def _plain(text: str) -> Any:
+    """As yaml.safe_load, but ValueError where aliases stand for more than a few thousand values: nine short lines can be billions."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > _MOST_VALUES:
+            raise ValueError(f"aliases that stand for more than {_MOST_VALUES} values")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node stands for; infinitely many where it contains itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def validated(values: dict, name: str, on_command_line: Iterable[str] = ()) -> DistillConfig:

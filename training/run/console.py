@@ -5,9 +5,12 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
+
+from training.run.reading import require_path
 
 
 def set_up() -> None:
@@ -17,6 +20,23 @@ def set_up() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def path(text: str) -> Path:
+    """A type for argparse: a path that a file can have."""
+    try:
+        return require_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, found {text[:80]!r}") from error
+
+
+def prompt(text: str) -> str:
+    """A type for argparse: text that can be written down, which bytes of another encoding than the terminal's are not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"expected text in UTF-8, found {text!r}") from error
+    return text
 
 
 def between(low: int, high: int) -> Callable[[str], int]:

@@ -1,13 +1,16 @@
 """The folder of one run, held by one process at a time: its settings, its statistics and whatever else is put there."""
 
+import contextlib
 import fcntl
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from training.run.config import DistillConfig, to_yaml, training_changes
+from training.run.reading import UnreadableError, parsed, read_json, read_text
 
 _SPARE_BYTES = 64 * 2**20  # for the logs, samples and reports that nobody counts
 
@@ -73,22 +76,44 @@ class RunFolder:
         settings, stats = self.path / "config.yaml", self.path / "stats.jsonl"
         if update > 0:
             self._compare(settings, config)
-        kept = [line for line in _lines(stats) if _update_of(line) <= update] if update > 0 else []
-        _replace(stats, "".join(kept))
-        _replace(settings, to_yaml(config))
-        self._stats = stats.open("a", encoding="utf-8", buffering=1)
+        with told_of_disk(self.path):
+            kept = [line for line in _lines(stats) if _update_of(line) <= update] if update > 0 else []
+            _replace(stats, "".join(kept))
+            _replace(settings, to_yaml(config))
+            self._stats = stats.open("a", encoding="utf-8", buffering=1)
+
+    def hold_to(self, clips: dict[str, str | int], resumes: bool) -> None:
+        """Writes down what tells the run's clips apart; where it resumes, RunFolderError for others than those it was begun with.
+
+        A folder that says nothing of them, of before or because somebody removed the file, takes those that are there.
+        """
+        path = self.path / "clips.json"
+        if resumes and path.exists():
+            try:
+                found = read_json(path)
+            except UnreadableError as error:
+                raise RunFolderError(f"Expected what this run's clips are in {path}, found: {error}; remove it.") from error
+            if found != clips:
+                was = found.get("clips") if isinstance(found, dict) else None
+                raise RunFolderError(
+                    f"Expected the clips that the run in {self.path} was begun with ({was}), found others ({clips['clips']}), "
+                    f"in number, order, captions or pictures; put them back, or remove {path.name} from there to go on with these."
+                )
+        with told_of_disk(self.path):
+            _replace(path, json.dumps(clips, indent=1))
 
     def write_stats(self, update: int, values: dict) -> None:
         """Appends one line {"update": …, **values} to stats.jsonl, once `start` was called; NaN and Inf are written as null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._stats.write(json.dumps({"update": update, **finite}, allow_nan=False) + "\n")
+        with told_of_disk(self.path):
+            self._stats.write(json.dumps({"update": update, **finite}, allow_nan=False) + "\n")
 
     def _compare(self, settings: Path, config: DistillConfig) -> None:
         try:
-            earlier = settings.read_text(encoding="utf-8")
-        except OSError as error:
+            earlier = read_text(settings)
+        except UnreadableError as error:
             raise RunFolderError(
-                f"Expected the settings of the run to resume in {settings}, found: {error.strerror}; "
+                f"Expected the settings of the run to resume in {settings}, found: {error}; "
                 "put them back, or name another folder with --run.folder."
             ) from error
         if changes := training_changes(earlier, config):
@@ -104,6 +129,18 @@ class RunFolder:
         self._stats = self._lock = None
 
 
+@contextlib.contextmanager
+def told_of_disk(path: Path) -> Iterator[None]:
+    """What the operating system has against a file of the folder, as RunFolderError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"Expected room and the right to write into {path}, found: {error.strerror or error}; "
+            "clear the way and give the command again: it goes on."
+        ) from error
+
+
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
 
@@ -111,8 +148,9 @@ def _lines(path: Path) -> list[str]:
 def _update_of(line: str) -> float:
     """The update that a line of stats.jsonl is about; infinite for a line that was cut short."""
     try:
-        return json.loads(line)["update"] if line.endswith("\n") else math.inf
-    except (json.JSONDecodeError, KeyError, TypeError):
+        update = parsed(line)["update"] if line.endswith("\n") else math.inf
+        return update if isinstance(update, int) else math.inf
+    except (UnreadableError, KeyError, TypeError):
         return math.inf
 
 

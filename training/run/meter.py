@@ -16,7 +16,10 @@ MEASURED = ("update_seconds", "data_seconds", "tflops", "utilisation", "memory_g
 
 
 _aten = torch.ops.aten
-_ON_CPU = {  # attention, which torch's registry has for GPUs only
+_COUNTED = flop_registry | {
+    _aten.addmm_: flop_registry[_aten.addmm],
+    _aten.baddbmm_: flop_registry[_aten.baddbmm],
+    # attention, which torch's registry has for GPUs only
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, out_val=None, **_: sdpa_flop_count(
         *(x.shape for x in args[:3])
     ),
@@ -39,7 +42,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         made = function(*args, **kwargs)
-        counted = flop_registry.get(function._overloadpacket) or _ON_CPU.get(function._overloadpacket)
+        counted = _COUNTED.get(function._overloadpacket)
         if counted is not None:
             self.count += counted(*args, **kwargs, out_val=made)
         return made

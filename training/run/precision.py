@@ -24,6 +24,11 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that nobody holds; None for a CPU, whose memory others share."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 @contextlib.contextmanager
 def lent(device: torch.device, *modules: nn.Module) -> Iterator[None]:
     """Modules on a device for the while, afterwards where they were: what is needed now and then takes no memory there in between."""
@@ -38,16 +43,15 @@ def lent(device: torch.device, *modules: nn.Module) -> Iterator[None]:
 
 
 def uses_bf16(device: torch.device, precision: str = "auto") -> bool:
-    """Whether forward passes on a device are bf16 autocast (`auto` picks by `has_bf16`)."""
+    """Whether networks on a device compute in bf16 (`auto` picks by `has_bf16`)."""
     return precision == "bf16" or (precision == "auto" and has_bf16(device))
 
 
-def autocast(device: torch.device, precision: str = "auto", cache: bool = True):
-    """A context for forward passes: bf16 autocast over float32 weights, or plain float32, as `uses_bf16` says.
+def autocast(device: torch.device, precision: str = "auto"):
+    """A context for forward passes: bf16 autocast over weights of any format, or plain float32, as `uses_bf16` says.
 
-    Without `cache` weights are cast at each use: needed where passes with and without gradient stand in one context, since some
-    versions of torch hand the one the weights that were cast, without gradient, for the other.
+    An update of a distillation does without: its networks are in bf16 themselves.
     """
     if uses_bf16(device, precision):
-        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)
+        return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()

@@ -125,7 +125,11 @@ class Processes:
 
 def require_equal_parts(run: RunConfig, processes: Processes) -> None:
     """ConfigError where a batch cannot be cut into equal parts for all processes, and those into `run.accumulate` each."""
-    if run.batch % (processes.count * run.accumulate):
+    if run.accumulate == "auto" and run.batch % processes.count:
+        raise ConfigError(
+            f"run.batch: expected a multiple of {processes.count} processes, found {run.batch}; change one of the two."
+        )
+    if run.accumulate != "auto" and run.batch % (processes.count * run.accumulate):
         raise ConfigError(
             f"run.batch: expected a multiple of {processes.count} processes times run.accumulate ({run.accumulate}), "
             f"found {run.batch}; change one of the three."

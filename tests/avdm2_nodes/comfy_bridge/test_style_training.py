@@ -99,7 +99,7 @@ def test_refusals(training, student, styled, tmp_path):
     assert "found some on it; wire the student from" in refused(styled((STYLE, 1.0)))
     assert "found some on it; wire the student from" in refused(styled((STYLE, 1.0, "transplant")))
     assert "found no such file" in refused(style="gone")
-    assert "half a surrogate pair" in refused(prompts="\ud800")
+    assert "a lone surrogate" in refused(prompts="\ud800")
     assert not list(tmp_path.iterdir())
 
 

@@ -6,11 +6,12 @@ import resource
 import struct
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 from avdm2_nodes.files.containers import FileFormatError, Layout, read_layout, read_tensors, write_tensors
 from avdm2_nodes.files.recognise import recognise
@@ -170,8 +171,8 @@ def test_a_truncated_safetensors_file(safetensors_file):
     for size in (4, 8, 40, len(whole) - 5, len(whole) - 1):
         safetensors_file.write_bytes(whole[:size])
         assert "truncated or damaged" in refused(safetensors_file)
-    safetensors_file.write_bytes(whole + b"\0")
-    assert "truncated or damaged" in refused(safetensors_file)
+    safetensors_file.write_bytes(whole + b"\0" * 3)
+    assert "found 3 bytes behind the last of its tensors" in refused(safetensors_file)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -264,6 +265,109 @@ def test_a_pickle_of_something_else(tmp_path):
 def test_no_right_to_read(safetensors_file):
     safetensors_file.chmod(0)
     assert "Permission denied" in refused(safetensors_file)
+
+
+# ---- what training code and writers put around ----
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "motion_module", "module"])
+def test_weights_below_a_wrappers_name(tmp_path, wrapper):
+    for saved in (
+        {wrapper: SAVED, "epoch": 1},
+        {"state_dict": {wrapper: SAVED}},
+        {wrapper: {"_orig_mod.module." + n: t for n, t in SAVED.items()}},
+    ):
+        torch.save(saved, tmp_path / "a.pt")
+        assert read_layout(tmp_path / "a.pt").shapes == SHAPES
+
+
+def test_prefixes_that_are_a_part_of_other_models_names_stay(tmp_path):
+    """`model.` is a language model's own, and a Stable Diffusion checkpoint's; around motion modules it is a wrapper."""
+    for prefix, name, kept in (
+        ("model.", "diffusion_model.x", "model.diffusion_model.x"),
+        ("unet.", "down_blocks.0.lora", "unet.down_blocks.0.lora"),
+        ("model.", "down_blocks.0.motion_modules.0.x", "down_blocks.0.motion_modules.0.x"),
+        ("module.unet.", "mid_block.motion_modules.0.x", "mid_block.motion_modules.0.x"),
+        ("_orig_mod.module.", "x", "x"),
+    ):
+        save_file({prefix + name: torch.ones(1)}, tmp_path / "a.safetensors")
+        assert [*read_layout(tmp_path / "a.safetensors").shapes] == [*read_tensors(tmp_path / "a.safetensors")] == [kept]
+
+
+def test_tensors_that_are_one_and_the_same_are_put_back(tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(2, 2)
+            self.b = self.a
+
+    save_model(Tied(), str(tmp_path / "a.safetensors"))
+    assert len(load_file(tmp_path / "a.safetensors")) == 2
+    tensors = read_tensors(tmp_path / "a.safetensors")
+    assert tensors.keys() == read_layout(tmp_path / "a.safetensors").shapes.keys() == Tied().state_dict().keys()
+    assert torch.equal(tensors["a.weight"], tensors["b.weight"])
+
+
+# ---- what asks for more than it has ----
+
+
+def test_more_and_longer_names_than_a_model_has(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"x" * 300: torch.ones(1)}, path)
+    assert "a name of 300 letters" in refused(path)
+    save_file({f"a{i}": torch.ones(1) for i in range(50_001)}, path)
+    assert "found 50001 tensors" in refused(path)
+    torch.save({f"k{i}": SAVED for i in range(30_000)}, tmp_path / "a.ckpt")
+    assert "found 90000 entries" in refused(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_pickled_tensors_that_are_more_than_their_bytes(tmp_path, zipped):
+    path = tmp_path / "a.ckpt"
+    for tensor in (torch.zeros(1).expand(10**8, 128), torch.zeros(1).expand(3, 2)):
+        torch.save({"a": tensor}, path, _use_new_zipfile_serialization=zipped)
+        assert f"a tensor of shape {tuple(tensor.shape)} that has not as many bytes" in refused(path)
+    torch.save(
+        {"a": torch.arange(6.0).reshape(3, 2).T, "b": torch.arange(9.0)[3:5]}, path, _use_new_zipfile_serialization=zipped
+    )
+    assert torch.equal(read_tensors(path)["b"], torch.tensor([3.0, 4.0]))  # views are no more than they were made of
+
+
+def test_pickled_tensors_of_other_kinds(tmp_path):
+    path = tmp_path / "a.ckpt"
+    kinds = (
+        torch.eye(3).to_sparse(),
+        torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        torch.ones(2, device="meta"),
+    )
+    for tensor in kinds:
+        torch.save({"a": tensor}, path)
+        assert "another kind of tensor under a;" in refusal(read_tensors, path)
+    torch.save({"a": kinds[0]}, path)
+    assert "another kind of tensor under a;" in refused(path)
+    torch.save({"a": torch.nn.Parameter(torch.ones(2))}, path)
+    assert read_tensors(path)["a"].shape == (2,)
+
+
+def test_a_pickle_that_asks_for_memory_by_a_number(tmp_path):
+    path = tmp_path / "a.ckpt"
+    for module, name in (("builtins", "bytearray"), ("__builtin__", "bytearray"), ("torch", "FloatTensor")):
+        path.write_bytes(b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"\x8a\x05\x00\x28\x6b\xee\x00\x85R.")
+        assert f"needs code to run ({name})" in refused(path)
+
+
+def test_a_compressed_zip_is_not_unpacked(tmp_path):
+    path = tmp_path / "a.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a/data.pkl", "w") as entry:
+        for _ in range(64):
+            entry.write(bytes(2**20))
+    assert path.stat().st_size < 2**20
+    assert f"a compressed one that unpacks to {64 * 2**20} bytes" in refused(path)
+
+
+def test_only_names_that_are_texts_are_names(tmp_path):
+    torch.save({"a": torch.ones(1), 3: torch.ones(1), ("b", 1): torch.ones(1), "c": {3: torch.ones(1)}}, tmp_path / "a.pt")
+    assert read_layout(tmp_path / "a.pt").shapes == {"a": (1,)}
 
 
 # ---- writing ----

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,18 @@ def test_nothing_is_overwritten_and_no_half_is_left(students, tmp_path, monkeypa
     with pytest.raises(ValueError, match="found none"):
         export_animatediff(broken, tmp_path, "n")
     assert [p.name for p in tmp_path.iterdir()] == ["m_lora.safetensors"]
+
+
+def test_folders_that_cannot_be_made_are_told(stack, students, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file" / "x", tmp_path / ("n" * 300), Path("/proc/x"), Path(f"{tmp_path}/a\0b")):
+        for export in (
+            lambda place: export_animatediff(students["motion"], place, "m"),
+            lambda place: export_diffusers(students["motion"], stack, place),
+        ):
+            with pytest.raises(StudentFileError, match="room and the right to write"):
+                export(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # ---- whole clips by diffusers alone ----

@@ -163,6 +163,33 @@ def test_other_heads_and_norm_groups_may_be_named(make_motion, path):
     assert all(torch.equal(found.state_dict()[name], t) for name, t in motion.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "unet.", "module.unet.", "model.", "motion_module.", "state_dict."]
+)
+def test_prefixes_of_training_code_are_taken_off(originals, path, prefix):
+    save_file(originals["v3"], path)
+    expected = load_motion_file(path).state_dict()
+    save_file({prefix + name: tensor for name, tensor in originals["v3"].items()}, path)
+    found = load_motion_file(path).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_of_a_whole_video_unet_the_motion_modules_are_taken(originals, path):
+    """As AnimateDiff's own training saves it."""
+    spatial = {
+        "conv_in.weight": (32, 4, 3, 3),
+        "time_embedding.linear_1.weight": (128, 32),
+        "down_blocks.0.resnets.0.conv1.weight": (32, 32, 3, 3),
+    }
+    for kind in ("v1", "v2"):
+        save_file(originals[kind], path)
+        expected = load_motion_file(path).state_dict()
+        whole = {f"module.{name}": tensor for name, tensor in (originals[kind] | values(spatial)).items()}
+        torch.save({"epoch": 1, "global_step": 5, "state_dict": whole}, path.with_suffix(".ckpt"))
+        found = load_motion_file(path.with_suffix(".ckpt")).state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 # ---- names ----
 
 
@@ -280,6 +307,53 @@ def test_damaged_modules_are_refused(originals, path):
     ):
         save_file(tensors, path)
         assert said in refusal(load_motion_file, path)
+
+
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("proj_in.weight", lambda t: t.to(torch.int8), "no floating numbers in 1 of its tensors"),
+        ("proj_in.weight", lambda t: t.bool(), "no floating numbers"),
+        ("proj_in.weight", lambda t: t.to(torch.complex64), "no floating numbers"),
+        ("proj_in.weight", lambda t: torch.zeros(0, 32), "no floating numbers"),
+        ("norm.weight", lambda t: torch.zeros(5 * 10**8, 0), "no floating numbers"),
+        ("proj_in.weight", lambda t: t.index_fill(0, torch.tensor([3]), float("nan")), "NaN or infinite numbers"),
+        ("proj_in.weight", lambda t: t.index_fill(0, torch.tensor([3]), float("-inf")), "NaN or infinite numbers"),
+        ("proj_in.weight", lambda t: t.double().index_fill(0, torch.tensor([3]), 1e300), "NaN or infinite numbers"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(originals, path, name, change, said):
+    key = f"down_blocks.1.motion_modules.0.temporal_transformer.{name}"
+    save_file(originals["v2"] | {key: change(originals["v2"][key])}, path)
+    message = refusal(load_motion_file, path)
+    assert said in message and f"such as {key}" in message
+
+
+def test_sizes_are_looked_at_before_a_network_is_made(originals, path):
+    norm = "down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"
+    lcm, v2 = originals["animatelcm"], originals["v2"]
+    blocks = {norm.replace("0", str(i), 1): torch.ones(32) for i in range(3000)}
+    layers = {norm.replace("modules.0", f"modules.{i}"): torch.ones(32) for i in range(3000)}
+    flat = {key: tensor.flatten() if key.endswith(".pe") else tensor for key, tensor in v2.items()}
+    for tensors, said in (
+        (lcm | {norm: torch.ones(33)}, "widths (33, 32, 64, 64)"),
+        (lcm | {norm: torch.tensor(1.0)}, "widths (32, 64, 64)"),
+        (
+            lcm | {norm.replace("norm", "transformer_blocks.0.norms.0"): torch.ones(33)},
+            "1 layers unlike those of one of widths",
+        ),
+        (v2 | blocks, "3000 blocks"),
+        (v2 | layers, "of 3000 layers"),
+        (flat, "without position encodings"),
+    ):
+        save_file(tensors, path)
+        assert said in refusal(load_motion_file, path)
+
+
+def test_a_noted_number_of_heads_that_is_none(originals, path):
+    for noted in ("9" * 5000, "", "0", "-3", "x"):
+        save_file(originals["v1"], path, {"avdm2.motion_heads": noted})
+        assert load_motion_file(path).config.motion_num_attention_heads == 8
 
 
 def test_the_layout_at_full_size():

@@ -1,3 +1,4 @@
+import os
 import re
 
 import pytest
@@ -210,10 +211,64 @@ def test_half_of_animatelcm_is_refused(stack, folder, architecture):
 
 
 def test_a_lora_file_is_read_as_it_was_written(stack, folder):
-    modules = [name for name, _ in stack.image_unet.named_modules()]
-    layers = load_lora_file(folder / LORA, modules)
+    weights = {name: p.shape for name, p in stack.image_unet.named_parameters()}
+    layers = load_lora_file(folder / LORA, weights)
     assert {module: (len(down), alpha) for module, (down, _, alpha) in layers.items()} == {
         module: (rank, float(rank) if alpha is None else alpha) for module, rank, alpha in LAYERS
     }
     with pytest.raises(FileFormatError, match=r"found 10 others \(such as lora_unet_down_blocks_0"):
-        load_lora_file(folder / LORA, ["conv_in"])
+        load_lora_file(folder / LORA, {"conv_in.weight": (32, 4, 3, 3)})
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("lora_down.weight", lambda t: t[:, :8]),
+        ("lora_down.weight", lambda t: torch.ones(3, *t.shape[1:])),
+        ("lora_down.weight", lambda t: t.flatten()),
+        ("lora_down.weight", lambda t: torch.tensor(1.0)),
+        ("lora_up.weight", lambda t: t[:8]),
+        ("lora_up.weight", lambda t: t.flatten()),
+        ("alpha", lambda t: torch.ones(2)),
+        ("alpha", lambda t: torch.ones(0)),
+        ("alpha", lambda t: torch.tensor(float("nan"))),
+    ],
+)
+def test_a_lora_of_other_sizes_is_refused(stack, folder, architecture, name, change):
+    tensors, key = new_lora(stack.image_unet), f"lora_unet_{LAYERS[1][0].replace('.', '_')}"
+    tensors[f"{key}.{name}"] = change(tensors[f"{key}.{name}"]).contiguous()
+    save_file(tensors, folder / LORA)
+    assert f"found 1 of other widths, ranks or alphas (such as {key})" in refusal(folder / ANIMATELCM, architecture)
+
+
+def test_a_lora_without_bytes_or_numbers_is_refused(stack, folder, architecture):
+    key = f"lora_unet_{LAYERS[1][0].replace('.', '_')}.lora_down.weight"
+    for tensor, said in (
+        (torch.zeros(10**9, 0), "no floating numbers"),
+        (torch.ones(4, 32, dtype=torch.int8), "no floating numbers"),
+        (torch.full((4, 32, 1, 1), float("inf")), "NaN or infinite numbers"),
+    ):
+        save_file(new_lora(stack.image_unet) | {key: tensor}, folder / LORA)
+        assert said in refusal(folder / ANIMATELCM, architecture)
+
+
+def test_an_alpha_that_is_a_whole_number(stack, folder, architecture):
+    """Some trainers save it so."""
+    key = f"lora_unet_{LAYERS[0][0].replace('.', '_')}.alpha"
+    save_file(new_lora(stack.image_unet), folder / LORA)
+    expected = load_peer(folder / ANIMATELCM, architecture).tensors
+    save_file(new_lora(stack.image_unet) | {key: torch.tensor(2)}, folder / LORA)
+    found = load_peer(folder / ANIMATELCM, architecture).tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_names_that_are_no_text_and_too_few_positions(folder, architecture):
+    path = (folder / LIGHTNING).rename(folder / os.fsdecode(b"lightning_\xff_4step.safetensors"))
+    assert load_peer(path, architecture).info.title == r"lightning_\udcff_4step"
+    write_tensors(path, to_original_keys(new_motion(8).state_dict()), {})
+    assert "found 8 position encodings" in refusal(path, architecture)
+
+
+def test_steps_that_no_schedule_has_are_refused(folder, architecture):
+    path = (folder / LIGHTNING).rename(folder / "lightning_2000step.safetensors")
+    assert "1 to 1000" in refusal(path, architecture)

@@ -226,3 +226,37 @@ def test_damaged_parts_are_refused(tensors, path):
         save_file(changed, path)
         message = refusal(load_sd15_file, path)
         assert said in message and str(path) in message
+
+
+def test_tensors_that_are_no_weights_are_refused(tensors, path):
+    """A text encoder's position numbers are whole ones and no weights; of all else a network is made only of numbers."""
+    bias, ids = f"{UNET}out.2.bias", f"{TEXT}text_model.embeddings.position_ids"
+    for changed, said in (
+        (tensors | {bias: torch.zeros(4, dtype=torch.int8)}, "no floating numbers in 1 of its tensors (such as conv_out.bias)"),
+        (
+            tensors | {bias: torch.tensor([0, float("nan"), 0, 0])},
+            "NaN or infinite numbers in 1 of its tensors (such as conv_out.bias)",
+        ),
+        (
+            tensors | {f"{TEXT}text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(10**7, 0)},
+            "a CLIP text encoder of SD1.5",
+        ),
+        (
+            tensors | {f"{TEXT}text_model.embeddings.token_embedding.weight": torch.zeros(0, 40000)},
+            "a CLIP text encoder of SD1.5",
+        ),
+        (
+            tensors | {f"{TEXT}text_model.embeddings.position_embedding.weight": torch.zeros(10**8, 0)},
+            "a CLIP text encoder of SD1.5",
+        ),
+        (tensors | {f"{TEXT}text_model.encoder.layers.{i}.x": torch.zeros(1) for i in range(20_000)}, "20000 layers"),
+        (tensors | {f"{UNET}input_blocks.4.0.in_layers.2.weight": torch.zeros(2**40, 0, 3, 3)}, "the UNet of SD1.5"),
+    ):
+        save_file(changed, path)
+        message = refusal(load_sd15_file, path)
+        assert said in message and str(path) in message
+    save_file({name: t for name, t in tensors.items() if name != ids}, path)
+    load_sd15_file(path)
+    save_file(tensors | {ids: torch.zeros(1, 77)}, path)
+    (positions,) = (b for name, b in load_sd15_file(path)[2].named_buffers() if name.endswith("position_ids"))
+    assert positions.tolist() == [[*range(77)]]

@@ -39,6 +39,22 @@ def test_a_plain_controlnet_is_refused_in_a_sentence(tmp_path):
         read_sparse_control(tmp_path / "plain.safetensors")
 
 
+def test_sizes_that_no_network_has_are_refused_before_positions_are_made_of_them(tmp_path):
+    path, tensors = tmp_path / "sparse.safetensors", {n: t.clone() for n, t in new_network(True).state_dict().items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".pe")}
+    norm = next(name for name in tensors if name.endswith(".norm1.weight") and ".motion_modules." in name)
+    for name, tensor, said in (
+        (norm, torch.zeros(5 * 10**8, 0), "no floating numbers"),
+        (norm, torch.ones(33), rf"{norm} of shape \(33,\)"),
+        (norm, torch.tensor(1.0), rf"{norm} of shape \(\)"),
+        ("controlnet_cond_embedding.weight", torch.ones(3), r"of shape \(3,\)"),
+        ("conv_in.weight", tensors["conv_in.weight"] * torch.nan, "NaN or infinite numbers"),
+    ):
+        save_file(tensors | {name: tensor}, path)
+        with pytest.raises(FileFormatError, match=said):
+            read_sparse_control(path)
+
+
 def test_half_a_network_is_refused_in_a_sentence(tmp_path):
     tensors = {name: t.clone() for name, t in new_network(True).state_dict().items() if "controlnet_mid_block" not in name}
     save_file(tensors, tmp_path / "half.safetensors")

@@ -1,11 +1,13 @@
+import json
 import shutil
 import weakref
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
-from safetensors.torch import save_file
+from diffusers import AutoencoderKL, AutoencoderTiny, MotionAdapter, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -111,6 +113,12 @@ def test_text_is_padded_cut_and_each_caption_apart(stack):
     assert not torch.allclose(text[0], text[1])
 
 
+def test_half_a_character_is_no_prompt(stack):
+    with pytest.raises(StackError, match="half of one in 'a"):
+        stack.encode_text(["a circle", "a \ud83d circle"])
+    assert stack.encode_text(["a \U0001f3a5 circle"]).shape == (1, 32, 32)
+
+
 def test_without_motion_there_is_an_image_stack(folder):
     shutil.rmtree(folder / "motion_adapter")
     assert load_stack(folder, with_motion=False).motion is None
@@ -177,8 +185,122 @@ def test_facts_beside_the_parts_are_read_and_may_lack(folder):
 @pytest.mark.parametrize("text", ["{", "[]", '{"frames": "many"}'])
 def test_damaged_facts_are_refused(folder, text):
     (folder / "stack.json").write_text(text)
-    with pytest.raises(StackError, match=r"Expected .* in .*stack\.json, found.*; correct or remove it"):
+    with pytest.raises(
+        StackError, match=r"Expected .* (in|at) .*stack\.json, found.*; (correct or remove|check or replace) it"
+    ):
         load_stack(folder)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"frames": 0}', "whole number"),
+        ('{"frames": -5}', "whole number"),
+        ('{"frames": true}', "whole number"),
+        ('{"frames": 1000000000}', "whole number"),
+        ('{"frames": 33}', "32 position encodings, found 33"),
+        ('{"latent_rgb_factors": "red"}', "three numbers a channel"),
+        ('{"latent_rgb_factors": [[1, 2]]}', "three numbers a channel"),
+        ('{"latent_rgb_factors": [[1, 2, NaN]]}', "three numbers a channel"),
+        ('{"latent_rgb_factors_bias": [1, 2, "3"]}', "three numbers a channel"),
+        ("[" * 100_000, "nested too deep"),
+    ],
+)
+def test_facts_that_cannot_be_are_refused(folder, text, said):
+    (folder / "stack.json").write_text(text)
+    assert said in refusal(folder)
+
+
+# ---- parts that were not made for one another ----
+
+
+def test_parts_of_unlike_models_are_refused_before_anything_runs(folder, make_image_unet, tmp_path):
+    def other_unet(**settings):
+        config = {name: value for name, value in make_image_unet().config.items() if not name.startswith("_")}
+        UNet2DConditionModel.from_config({**config, **settings}).save_pretrained(folder / "unet")
+        return refusal(folder)
+
+    assert "in_channels of the UNet" in (message := other_unet(in_channels=9)) and "found 9 (an inpainting model)" in message
+    assert "out_channels of the UNet" in other_unet(out_channels=8)
+    assert "a text encoder of the width that the UNet reads" in (message := other_unet(cross_attention_dim=64))
+    assert "to be 64, found 32" in message
+    assert "class_embed_type" in other_unet(class_embed_type="timestep")
+    make_image_unet().save_pretrained(folder / "unet")
+    load_stack(folder)
+    AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, latent_channels=8
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    assert "to be 8, found 4, and the VAE's latents have 8" in refusal(folder)
+
+
+def test_a_tokenizer_of_longer_prompts_or_more_tokens_is_refused(folder):
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    said = json.loads(settings.read_text())
+    for length in (33, 10**30):
+        settings.write_text(json.dumps(said | {"model_max_length": length}))
+        assert "prompts of 32), found one of" in refusal(folder)
+
+
+def test_motion_modules_of_other_layers_are_refused(folder):
+    MotionAdapter(
+        block_out_channels=(32, 32, 64), motion_layers_per_block=2, motion_num_attention_heads=2, motion_norm_num_groups=8,
+        use_motion_mid_block=False,
+    ).save_pretrained(folder / "motion_adapter")  # fmt: skip
+    assert "[1, 1, 1] layers a block, found one for [2, 2, 2]" in refusal(folder)
+
+
+@pytest.mark.parametrize("other, class_name", [("unet", "UNet2DConditionModel"), ("vae", "AutoencoderTiny")])
+def test_another_models_folder_in_a_parts_place_is_named(folder, other, class_name):
+    assert f"Expected a MotionAdapter in {folder / other}, found a {class_name}" in refusal(folder, motion=folder / other)
+
+
+def test_weights_that_are_not_all_there(folder):
+    file = folder / "motion_adapter" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    gone = min(tensors)
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, file, {"format": "pt"})
+    assert f"found none for 1 of its tensors (such as {gone})" in refusal(folder)
+
+
+@pytest.mark.parametrize("part", ["text_encoder/model", "vae/diffusion_pytorch_model", "unet/diffusion_pytorch_model"])
+def test_weights_that_are_no_numbers(folder, part):
+    file = folder / f"{part}.safetensors"
+    tensors = load_file(file)
+    tensors[min(tensors)].view(-1)[0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    assert "NaN or infinite numbers in 1 of its tensors" in refusal(folder)
+
+
+def test_variants_and_pickles_are_told_with_what_to_do(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    half = file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    message = refusal(folder)
+    assert (
+        "found the variant fp16 alone" in message
+        and "rename diffusion_pytorch_model.fp16.safetensors to diffusion_pytorch_model.safetensors" in message
+    )
+    half.rename(file)
+    load_stack(folder)
+    file.rename(file.with_name("diffusion_pytorch_model.bin"))
+    assert "found pickles alone (diffusion_pytorch_model.bin)" in refusal(folder)
+
+
+def test_settings_beyond_every_model_are_refused_before_it_is_made(folder):
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"layers_per_block": 10**6}))
+    assert "layers_per_block with a number that is too large" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null"])
+def test_a_config_that_is_no_object(folder, text):
+    (folder / "vae" / "config.json").write_text(text)
+    assert "settings by name" in refusal(folder)
+
+
+def test_paths_that_no_file_can_have(folder, tmp_path):
+    for path in (tmp_path / ("n" * 300), tmp_path / ("n" * 300 + ".safetensors"), Path(f"{tmp_path}/a\0b")):
+        refusal(path)
+        refusal(folder, motion=path)
 
 
 # ---- files as people have them ----

@@ -44,7 +44,8 @@ def test_truncated_files(whole):
     content = whole.read_bytes()
     for length in (0, 4, 500, len(content) // 2, len(content) - 1):
         whole.write_bytes(content[:length])
-        assert "truncated" in (message := refusal(read_student, whole)) and str(whole) in message
+        said = "truncated" if length else "an empty file"
+        assert said in (message := refusal(read_student, whole)) and str(whole) in message
 
 
 def test_missing_file_and_folder(path):
@@ -55,7 +56,7 @@ def test_missing_file_and_folder(path):
 
 def test_a_file_that_is_no_safetensors(path):
     torch.save({"a": torch.zeros(2)}, path)
-    assert "of another kind" in refusal(read_student, path)
+    assert "found a PyTorch pickle" in refusal(read_student, path)
 
 
 def test_safetensors_that_are_no_student(path):
@@ -125,7 +126,28 @@ def test_no_right_to_write(path, info, unet):
     assert "Permission denied" in refusal(write_student, path, dict(unet.named_parameters()), info)
 
 
+def test_tensors_that_are_no_numbers_are_not_read(whole):
+    tensors = load_file(whole)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        broken = tensors["conv_in.weight"].clone()
+        broken[0, 0, 0, 0] = value
+        message = refusal(read_student, edited(whole, tensors | {"conv_in.weight": broken}))
+        assert "NaN or infinite numbers in 1 of its tensors (such as conv_in.weight)" in message
+
+
+def test_bytes_behind_the_last_tensor_are_told(whole):
+    whole.write_bytes(whole.read_bytes() + bytes(24))
+    assert "found 24 bytes behind the last of its tensors" in refusal(read_student, whole)
+
+
 # ---- names ----
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    for name in ("n" * 300, "n" * 5000, "é" * 150, "a/" * 600 + "a", "n" * 221):
+        assert "choose a shorter one" in refusal(student_path, tmp_path, name)
+    refusal(student_path, tmp_path, "a\ud800")
+    assert student_path(tmp_path, "n" * 220).name == "n" * 220 + ".safetensors"
 
 
 def test_student_path(tmp_path):

@@ -135,12 +135,14 @@ def test_files_that_are_no_styles_are_refused(tmp_path, tensors, info):
     with pytest.raises(StyleFileError, match="found a folder; check the path"):
         read_style(tmp_path)
     path.write_bytes(b"no tensors")
-    with pytest.raises(StyleFileError, match="truncated, damaged or of another kind"):
+    with pytest.raises(
+        StyleFileError, match=r"truncated or damaged \(it announces a header of 8030883942550761326 bytes and has 10 in all"
+    ):
         read_style(path)
     write_style(path, tensors, info)
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(StyleFileError, match="truncated, damaged or of another kind"):
+    with pytest.raises(StyleFileError, match=r"truncated or damaged \(\d+ bytes in place of \d+\)"):
         read_style(path)
     path.write_bytes(whole)
     loaded = load_file(path)

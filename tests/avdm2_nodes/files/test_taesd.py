@@ -70,3 +70,18 @@ def test_other_files_are_refused(original, tmp_path):
             load_taesd_file(path)
     with pytest.raises(FileFormatError, match="nothing"):
         load_taesd_file(tmp_path / "none.safetensors")
+
+
+def test_weights_that_are_no_numbers_are_refused(original, tmp_path):
+    path, weights = tmp_path / "taesd_decoder.safetensors", original.state_dict()
+    for wrong, said in (
+        ({"1.bias": weights["1.bias"] * torch.nan}, "NaN or infinite numbers"),
+        ({"1.bias": weights["1.bias"].to(torch.int8)}, "no floating numbers"),
+        ({"9" * 200 + ".bias": torch.zeros(1)}, None),
+    ):
+        save_file(weights | wrong, path)
+        if said is None:
+            load_taesd_file(path)  # another network's layer, as of a file of both halves
+            continue
+        with pytest.raises(FileFormatError, match=rf"Expected TAESD's decoder in .*{said}"):
+            load_taesd_file(path)

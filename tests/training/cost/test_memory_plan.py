@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.cost.memory_plan import PeakBytes, plan_of
+from training.cost.memory_plan import PeakBytes, fitted, memory_plan, plan_of
 from training.cost.operations import Inputs, meta_inputs, meta_roles
 from training.method.discriminator import DiscriminatorHeads
 from training.method.learner import new_optimiser
@@ -30,12 +30,12 @@ def test_the_plan_is_what_is_allocated(stack, make_config, train, share_base, ha
     config = make_config(model=model, data={"frames": 4}, sdm={"guidance": 2.0})
     unet, motion = dict(stack.image_unet.config), dict(stack.motion.config)
     roles, heads = meta_roles(config, unet, motion, half)
-    planned = plan_of(config, roles, heads, meta_inputs(config, unet, TOKENS), half)
+    planned = plan_of(config, roles, heads, meta_inputs(config, unet, TOKENS))
 
     real = new_roles(config, stack, None, half=half)
     real_heads = DiscriminatorHeads([*unet["block_out_channels"][-3:-1], unet["block_out_channels"][-1]])
     inputs = Inputs(torch.randn(1, 4, 4, 8, 8), torch.randn(1, TOKENS, unet["cross_attention_dim"]))
-    found = plan_of(config, real, real_heads, inputs, half)
+    found = plan_of(config, real, real_heads, inputs)
     assert planned.standing == found.standing
     for name, size in planned.turns.items():
         assert found.turns[name] == pytest.approx(size, rel=0.1), name
@@ -46,3 +46,42 @@ def test_the_plan_is_what_is_allocated(stack, make_config, train, share_base, ha
     optimiser.step()
     states = [value for state in optimiser.state.values() for value in state.values() if value.dim() > 0]
     assert sum(value.nbytes for value in states) == planned.standing["student's optimiser"]
+
+
+def test_gradients_of_earlier_parts_stand_while_a_later_one_is_made(stack, make_config):
+    unet, motion = dict(stack.image_unet.config), dict(stack.motion.config)
+    whole, cut = (memory_plan(make_config(run={"accumulate": n}), unet, motion) for n in (1, 2))
+    turn = "turn of the student: gradients and activations"
+    assert whole.turns[turn] < cut.turns[turn] <= whole.turns[turn] + whole.standing["student's weights"]
+    assert whole.standing == cut.standing
+
+
+@pytest.mark.parametrize("checkpointing", ["auto", True])
+def test_auto_is_what_fits(stack, make_config, checkpointing):
+    """Parts of as many clips as fit, and then no checkpointing where that fits as well."""
+    unet, motion = dict(stack.image_unet.config), dict(stack.motion.config)
+    config = make_config(run={"batch": 6, "accumulate": "auto"}, model={"gradient_checkpointing": checkpointing})
+
+    def needed(clips, again):
+        settled = make_config(run={"batch": 6, "accumulate": 6 // clips}, model={"gradient_checkpointing": again})
+        return memory_plan(settled, unet, motion, clips).total / 0.9
+
+    def found(memory):
+        settled = fitted(config, memory, 1, unet, motion)
+        return settled.run.accumulate, settled.model.gradient_checkpointing
+
+    assert needed(3, True) < needed(3, False) and needed(1, True) < needed(2, True)
+    assert found(needed(3, False) + 1) == (2, checkpointing is True)
+    assert found(needed(3, False) - 1) == found(needed(3, True) + 1) == (2, True)
+    assert found(needed(3, True) - 1)[0] == 3
+    assert found(needed(1, True) - 1) == found(None) == (6, True)
+
+
+def test_what_was_decided_stays(make_config):
+    config = make_config(run={"batch": 6, "accumulate": 3})
+    assert fitted(config, 2**60) is config
+
+
+def test_each_of_several_processes_cuts_its_own_part(make_config):
+    config = make_config(run={"batch": 6, "accumulate": "auto"})
+    assert fitted(config, None, processes=2).run.accumulate == 3

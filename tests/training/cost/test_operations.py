@@ -1,5 +1,6 @@
 import torch
 
+from training.cost.launches import Launches
 from training.cost.operations import Parts, as_on_a_gpu, operations, phases, update_cost
 from training.method.loop import Phase
 
@@ -50,9 +51,9 @@ def test_clips_that_a_loss_does_not_judge_cost_it_nothing(make_config):
     assert cost["ADM"] == 0.5 * 18 and cost["heads"] == 0.5 * 2 * (5 + 3) and not {"SDM", "fake score"} & cost.keys()
 
 
-def test_the_arithmetic_of_a_gpu_ends_with_its_block():
-    before, x = torch.nn.functional.linear, torch.empty(2, 3, device="meta")
-    with as_on_a_gpu(half=True):
-        assert torch.nn.functional.linear(x, x).dtype == torch.bfloat16
-        assert torch.nn.functional.layer_norm(x.bfloat16(), (3,)).dtype == torch.float32
-    assert torch.nn.functional.linear is before
+def test_the_attention_of_a_gpu_ends_with_its_block():
+    before, query = torch.nn.functional.scaled_dot_product_attention, torch.empty(1, 2, 16, 8, device="meta")
+    with as_on_a_gpu(), Launches() as launches:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert launches.counts == {"_scaled_dot_product_flash_attention": 1}
+    assert torch.nn.functional.scaled_dot_product_attention is before

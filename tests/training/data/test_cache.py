@@ -1,11 +1,15 @@
+import hashlib
 import json
+import os
 import resource
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from training.data import DataError
-from training.data.cache import Cache, LatentClip, Unusable, is_cache, write_cache
+from training.data.cache import Cache, LatentClip, is_cache, write_cache
+from training.data.unusable import Unusable
 
 SPACE = {"vae": "a", "text_encoder": "b", "tokenizer": "c", "frames": 3, "height": 16, "width": 24, "stride": 2}
 SOURCE = {"kind": "numbers"}
@@ -142,6 +146,22 @@ def test_another_source_is_not_mixed_in(cache, whole):
         ('{"format": 1, "shards": [{}]}', "damaged"),
         ('{"format": 1, "shards": [], "space": 3, "source": {}, "complete": true}', "damaged"),
         ('{"format": 2}', "format 1 or older.*found 2"),
+        ("[" * 100_000, "damaged"),
+        ('{"format": {}}', "damaged"),
+        ('{"format": ' + "1" * 5000 + "}", "damaged"),
+        *(
+            (f'{{"format": 1, "shards": [{shard}], "space": {{}}, "source": {{}}, "complete": true}}', "damaged")
+            for shard in (
+                '{"number": {}, "clips": 3, "sha256": "x", "skipped": []}',
+                '{"number": 0, "clips": true, "sha256": "x", "skipped": []}',
+                '{"number": -1, "clips": 3, "sha256": "x", "skipped": []}',
+                '{"number": 0, "clips": 3, "sha256": 5, "skipped": []}',
+                '{"number": 0, "clips": 3, "sha256": "x", "skipped": true}',
+                '{"number": 0, "clips": 3, "sha256": "x", "skipped": [["a"]]}',
+                '{"number": 0, "clips": 3, "sha256": "x", "skipped": [], "rates": {"x": 1}}',
+                '{"number": 0, "clips": 3, "sha256": "x", "skipped": [], "rates": 7}',
+            )
+        ),
     ],
 )
 def test_a_damaged_list_is_refused(cache, text, word):
@@ -175,3 +195,85 @@ def test_no_room_loses_nothing(tmp_path, whole):
     assert json.loads((tmp_path / "cache" / "cache.json").read_text())["shards"] == []
     write(tmp_path / "cache")
     assert contents(tmp_path / "cache") == whole
+
+
+# ---- shards that fit their hashes and are none ----
+
+
+def with_shard(cache, number, data, **changes):
+    """Puts other bytes in a shard's place and has the list say that they were written so."""
+    path = cache / f"shard-{number:06d}.safetensors"
+    path.write_bytes(data)
+    listed = json.loads((cache / "cache.json").read_text())
+    shard = next(shard for shard in listed["shards"] if shard["number"] == number)
+    shard |= {"sha256": hashlib.sha256(data).hexdigest()} | changes
+    (cache / "cache.json").write_text(json.dumps(listed))
+
+
+def whole_shard(about, **tensors):
+    return save({"latents": torch.zeros(3, 4, 3, 2, 3), "text": torch.zeros(3, 5, 6)} | tensors, about)
+
+
+NAMED = json.dumps([["a", "b"]] * 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"no shard", whole_shard(None), whole_shard({"clips": "{"}), whole_shard({"clips": "[" * 100_000}),
+        whole_shard({"clips": "[1, 2, 3]"}), whole_shard({"clips": json.dumps([["a", "b"]] * 2)}),
+        whole_shard({"clips": NAMED}, latents=torch.zeros(2, 4, 3, 2, 3)), whole_shard({"clips": NAMED}, text=torch.zeros(())),
+        save({"text": torch.zeros(3, 5, 6)}, {"clips": NAMED}),
+    ],
+)  # fmt: skip
+def test_a_shard_of_another_kind_is_refused(cache, data):
+    with_shard(cache, 1, data)
+    with pytest.raises(DataError, match=r"a shard of clips in .*shard-000001\.safetensors, found .*; remove it") as caught:
+        Cache(cache, SPACE)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_clips_listed_than_a_shard_has_are_refused(cache):
+    with_shard(cache, 1, whole_shard({"clips": NAMED}), clips=9)
+    with pytest.raises(DataError, match="9 clips are listed"):
+        Cache(cache, SPACE)
+
+
+def test_a_pipe_in_the_place_of_a_shard_or_the_list_is_refused(cache):
+    (cache / "shard-000001.safetensors").unlink()
+    os.mkfifo(cache / "shard-000001.safetensors")
+    with pytest.raises(DataError, match="found it no file"):
+        Cache(cache, SPACE)
+    (cache / "cache.json").unlink()
+    os.mkfifo(cache / "cache.json")
+    with pytest.raises(DataError, match="neither a file nor a folder"):
+        Cache(cache, SPACE)
+
+
+def test_a_cache_says_what_was_left_out_and_at_what_rates(tmp_path):
+    def make(parts):
+        for i in (i for part in parts for i in part):
+            good = clip(0)
+            bad = Unusable(f"clip {i}", "no video", "damaged")
+            yield bad if i == 4 else LatentClip(f"clip {i}", "x", good.latents, good.text, 8.0 if i % 2 else 24.0)
+
+    (tmp_path / "cache").mkdir()
+    before = [Unusable("x", "no caption", "without a caption")]
+    write_cache(tmp_path / "cache", SPACE, SOURCE, 6, 3, make, before)
+    cache = Cache(tmp_path / "cache", SPACE)
+    assert cache.left_out == [*before, Unusable("clip 4", "no video", "damaged")]
+    assert sorted(cache.rates) == [8.0, 8.0, 8.0, 24.0, 24.0]
+
+
+def test_a_cache_of_before_is_read(cache):
+    """Its list says of what was left out a name and a reason only, and nothing of frame rates."""
+    listed = json.loads((cache / "cache.json").read_text())
+    for shard in listed["shards"]:
+        shard["skipped"] = [one[:2] for one in shard["skipped"]]
+        shard.pop("rates", None)
+    (cache / "cache.json").write_text(json.dumps(listed))
+    opened = Cache(cache, SPACE | {"fps": None})
+    assert len(opened) == 7 and [one.name for one in opened.left_out] == [f"clip {i}" for i in BAD] and opened.rates == []
+    assert write(cache)[0] == 7
+    with pytest.raises(DataError, match=r"found fps None where this run has 8\.0"):
+        Cache(cache, SPACE | {"fps": 8.0})

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.training.data.conftest import CLIPS, beside
-from training.data import DataError
-from training.data.clips import ClipFolder, Entry, cover, find_clips, needs_clips, write_clips
+from training.data import DataError, video
+from training.data.clips import ClipFolder, Entry, find_clips, needs_clips, write_clips
 from training.data.video import VideoError, write_video
 
 # ---- bad files ----
@@ -86,21 +86,52 @@ def test_read(folder):
     assert clip.shape == (3, 32, 48, 3)
 
 
-@pytest.mark.parametrize("sides", [(48, 96), (96, 48), (200, 130), (30, 31), (64, 64)])
-def test_cover_cuts_the_centre(sides):
-    h, w = sides
-    frames = torch.zeros(2, h, w, 3, dtype=torch.uint8)
-    frames[:, h // 2 - h // 8 : h // 2 + h // 8, w // 2 - w // 8 : w // 2 + w // 8] = 255
-    cut = cover(frames, 64, 64)
-    assert cut.shape == (2, 64, 64, 3) and cut.dtype == torch.uint8
-    rows, columns = (cut[0, ..., 0] > 127).nonzero(as_tuple=True)
-    assert abs(rows.float().mean() - 31.5) < 1.5 and abs(columns.float().mean() - 31.5) < 1.5
+# ---- what is told ----
 
 
-def test_cover_is_antialiased():
-    checks = (torch.arange(256)[:, None] + torch.arange(256)) % 2 * 255
-    cut = cover(checks.to(torch.uint8)[None, :, :, None].expand(1, 256, 256, 3), 64, 64)
-    assert (cut.float() - 127.5).abs()[:, 2:-2, 2:-2].max() < 4
+def test_the_summary_says_how_many_of_what(folder, caplog):
+    beside(folder, a="a", b="b")
+    (folder / "b.mp4").write_text("no video" * 100)
+    with caplog.at_level(logging.INFO):
+        clips = ClipFolder(folder, 8, 64, 64)
+    assert {one.name: one.kind for one in clips.left_out} == {"b.mp4": "damaged", "c.mp4": "without a caption"}
+    assert "1 clips are used, 2 skipped: 1 damaged, 1 without a caption" in caplog.text
+    with pytest.raises(DataError, match=r"data\.strict.*2 skipped: .*; first b\.mp4: Expected a read") as caught:
+        ClipFolder(folder, 8, 64, 64, strict=True)
+    assert "\n" not in str(caught.value)
+    (folder / "b.mp4").unlink()
+    (folder / "c.mp4").unlink()
+    assert len(ClipFolder(folder, 8, 64, 64, strict=True)) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), MemoryError(), ValueError("odd\nlines"), KeyError(1)]
+)
+def test_whatever_the_decoder_raises_costs_one_clip(folder, monkeypatch, error):
+    beside(folder, a="a", b="b", c="c")
+    moving = video._moving
+
+    def sometimes(container, path):
+        if path.name == "b.mp4":
+            raise error
+        return moving(container, path)
+
+    monkeypatch.setattr(video, "_moving", sometimes)
+    clips = ClipFolder(folder, 8, 64, 64)
+    assert clips.captions == ["a", "c"] and clips.left_out[0].name == "b.mp4" and "\n" not in clips.left_out[0].reason
+
+
+def test_clips_of_several_rates(folder, tmp_path, caplog):
+    beside(folder, a="a", b="b", c="c")
+    ClipFolder(folder, 8, 64, 64)
+    assert "frame rates" not in caplog.text
+    write_video(folder / "c.mp4", CLIPS[2][0], 24)
+    ClipFolder(folder, 8, 64, 64)
+    assert "several frame rates: 8 (2), 24 (1)." in caplog.text and "set data.fps" in caplog.text
+    caplog.clear()
+    clips = ClipFolder(folder, 2, 64, 64, fps=8)
+    assert "frame rates" not in caplog.text
+    assert torch.equal(clips.read(2), ClipFolder(folder, 2, 64, 64, stride=3).read(2))
 
 
 # ---- writing ----

@@ -1,5 +1,6 @@
 import io
 import logging
+import os
 import tarfile
 
 import pytest
@@ -99,3 +100,80 @@ def test_a_tar_shard_that_goes_bad_later(shards):
     (shards / "train-0.tar").unlink()
     with pytest.raises(VideoError, match=r"train-0\.tar"):
         clips.read(0)
+
+
+def packed(path, files, links=()):
+    """A tar of (name, bytes), then of (name, kind, target)."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        for name, kind, target in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    return path
+
+
+@pytest.fixture
+def clip(folder):
+    return (folder / "a.mp4").read_bytes()
+
+
+def test_names_with_dots_are_read(clip, tmp_path):
+    files = [
+        ("clip.0001.mp4", clip),
+        ("clip.0001.txt", b"one"),
+        ("clip.0002.mp4", clip),
+        ("clip.0002.json", b'{"caption": "two"}'),
+    ]
+    files += [("v1.5.final.mp4", clip), ("v1.5.final.txt", b"three"), ("x/y.z.MP4", clip), ("x/y.z.TXT", b"four")]
+    found = find_clips(packed(tmp_path / "t.tar", files))
+    assert [(entry.name, entry.caption) for entry in found] == [
+        ("t.tar/clip.0001.mp4", "one"), ("t.tar/clip.0002.mp4", "two"), ("t.tar/v1.5.final.mp4", "three"), ("t.tar/x/y.z.mp4", "four"),
+    ]  # fmt: skip
+    assert all(entry.path.read_bytes()[entry.span[0] : sum(entry.span)] == clip for entry in found)
+
+
+def test_a_second_video_of_a_sample_is_named(clip, tmp_path):
+    clips = ClipFolder(packed(tmp_path / "t.tar", [("a.mp4", clip), ("a.proxy.mp4", clip), ("a.txt", b"a")]), 8, 64, 64)
+    assert clips.captions == ["a"] and [name for name, _ in clips.skipped] == ["t.tar/a.proxy.mp4"]
+
+
+@pytest.mark.parametrize("text", ["a man’s café".encode("cp1252"), "a dog".encode("utf-16"), "a dog".encode("utf-16-be")])
+@pytest.mark.parametrize("suffix", ["txt", "json"])
+def test_captions_in_other_encodings_are_named(clip, tmp_path, text, suffix):
+    clips = ClipFolder(
+        packed(tmp_path / "t.tar", [("a.mp4", clip), (f"a.{suffix}", text), ("b.mp4", clip), ("b.txt", b"b")]), 8, 64, 64
+    )
+    assert clips.captions == ["b"] and clips.left_out[0].kind == "with a caption that cannot be read"
+    assert f"t.tar/a.{suffix}, found another encoding than UTF-8" in clips.left_out[0].reason
+
+
+@pytest.mark.parametrize("text", [b"{", b"[" * 100_000, b'{"caption": "\\ud800"}', b'{"caption": "a", "caption": "b"}'])
+def test_captions_that_are_no_json_are_named(clip, tmp_path, text):
+    clips = ClipFolder(
+        packed(tmp_path / "t.tar", [("a.mp4", clip), ("a.json", text), ("b.mp4", clip), ("b.txt", b"b")]), 8, 64, 64
+    )
+    assert clips.captions == ["b"] and "t.tar/a.json" in clips.left_out[0].reason and "\n" not in clips.left_out[0].reason
+
+
+def test_links_in_a_tar_shard(clip, tmp_path):
+    """A hard link is the file it names, which tar writes for a second name of one file; another link cannot be followed."""
+    links = [("b.mp4", tarfile.LNKTYPE, "a.mp4"), ("b.txt", tarfile.LNKTYPE, "a.txt"), ("c.mp4", tarfile.SYMTYPE, "a.mp4")]
+    clips = ClipFolder(packed(tmp_path / "t.tar", [("a.mp4", clip), ("a.txt", b"a")], links), 8, 64, 64)
+    assert clips.captions == ["a", "a"] and torch.equal(clips.read(0), clips.read(1))
+    assert "t.tar/c.mp4, found a link" in dict(clips.skipped)["t.tar/c.mp4"]
+
+
+def test_hidden_folders_of_a_tar_shard_are_left_out(clip, tmp_path):
+    files = [("./a.mp4", clip), ("./a.txt", b"a"), (".thumbs/b.mp4", clip), (".thumbs/b.txt", b"b"), ("x/.y/c.mp4", clip)]
+    clips = ClipFolder(packed(tmp_path / "t.tar", files), 8, 64, 64)
+    assert clips.captions == ["a"] and not clips.skipped
+
+
+def test_a_pipe_in_the_place_of_a_tar_shard_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "t.tar")
+    with pytest.raises(DataError, match=r"t\.tar, found: no file"):
+        find_clips(tmp_path)

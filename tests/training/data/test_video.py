@@ -1,15 +1,18 @@
+import itertools
 import os
 import struct
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from training.data.video import VideoError, read_video, write_video
-from training.world.scenes import all_contents, render
+from tests.training.data.conftest import FILES
+from training.data.video import VideoError, decode_video, oriented, read_video, write_video
+from training.world.scenes import all_contents, render, render_split
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -56,6 +59,19 @@ def test_same_frames_same_bytes_and_rate(tmp_path, video, clip):
     assert (tmp_path / "again.mp4").read_bytes() == video.read_bytes()
     with av.open(str(video)) as container:
         assert container.streams.video[0].average_rate == 8
+
+
+def test_rendered_clips_are_written_to_the_same_bytes_every_time(tmp_path):
+    """x264's macroblock tree makes of some frames other files from one writing to the next; these clips are such."""
+    frames = [clip.frames for clip in render_split(28, style="plain", held_out=False, seed=0)]
+    seen = {}
+    for turn in range(8):
+        for number in (13, 18, 25, 27):
+            path = tmp_path / f"{number}.{turn % 3}.mp4"
+            write_video(path, frames[number], 8)
+            seen.setdefault(number, set()).add(path.read_bytes())
+    assert all(len(files) == 1 for files in seen.values())
+    assert all(b"mbtree=0" in file for files in seen.values() for file in files)  # as x264 itself writes down
 
 
 @pytest.mark.parametrize("suffix", [".mov", ".mkv", ".avi"])
@@ -230,3 +246,160 @@ def test_a_turned_video_is_read_upright(tmp_path, video):
     track = data.index(plain, data.index(b"tkhd"))
     (tmp_path / "turned.mp4").write_bytes(data[:track] + clockwise + data[track + len(plain) :])
     assert np.array_equal(read_video(tmp_path / "turned.mp4", 1)[0], np.rot90(upright, -1))
+
+
+# ---- as a player shows it ----
+
+
+PLAIN = np.array([1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30], ">i4").tobytes()
+
+
+def with_matrix(data, a, b, c, d):
+    """The bytes of an MP4 with another display matrix of its track."""
+    track = data.index(PLAIN, data.index(b"tkhd"))
+    matrix = np.array([a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30], ">i4").tobytes()
+    return data[:track] + matrix + data[track + len(PLAIN) :]
+
+
+EIGHT = [(a, 0, 0, d) for a, d in itertools.product((1, -1), repeat=2)] + [
+    (0, b, c, 0) for b, c in itertools.product((1, -1), repeat=2)
+]
+
+
+@pytest.mark.parametrize("matrix", EIGHT)
+def test_all_eight_orientations(tmp_path, matrix):
+    """Against the matrix's own definition, pixel by pixel: (x, y) goes to (a x + c y, b x + d y), moved into view."""
+    frames = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
+    write_video(tmp_path / "clip.mp4", frames, 8)
+    stored = read_video(tmp_path / "clip.mp4", 1)[0]
+    a, b, c, d = matrix
+    x, y = np.meshgrid(np.arange(48), np.arange(32))
+    to_x, to_y = a * x + c * y, b * x + d * y
+    to_x, to_y = to_x - to_x.min(), to_y - to_y.min()
+    expected = np.zeros((to_y.max() + 1, to_x.max() + 1, 3), np.uint8)
+    expected[to_y, to_x] = stored
+    (tmp_path / "turned.mp4").write_bytes(with_matrix((tmp_path / "clip.mp4").read_bytes(), *matrix))
+    assert np.array_equal(read_video(tmp_path / "turned.mp4", 1)[0], expected)
+
+
+def test_mirrored_left_to_right_and_upside_down():
+    picture = np.arange(24).reshape(2, 4, 3)
+    assert np.array_equal(oriented(picture, np.array([-1, 0, 0, 0, 1, 0, 9, 9, 1])), picture[:, ::-1])
+    assert np.array_equal(oriented(picture, np.array([1, 0, 0, 0, -1, 0, 9, 9, 1])), picture[::-1])
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+@pytest.mark.parametrize("tag", [b"caf\xe9", b"\xff\xfe\xfd", b"\x83\x65\x83\x58"])
+def test_tags_in_other_encodings_do_not_matter(tmp_path, clip, suffix, tag):
+    path = tmp_path / f"clip{suffix}"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "A" * len(tag)
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for array in clip[:4]:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+    want, data = read_video(path, 4), path.read_bytes()
+    assert data.count(b"A" * len(tag)) == 1
+    path.write_bytes(data.replace(b"A" * len(tag), tag))
+    assert np.array_equal(read_video(path, 4), want)
+
+
+@pytest.mark.parametrize(
+    ("aspect", "size"),
+    [((2, 1), (64, 128)), ((1, 2), (128, 64)), ((16, 15), (64, 68)), ((1, 1), (64, 64)), ((4095, 4096), (64, 64))],
+)
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_pixels_that_are_not_square(tmp_path, clip, suffix, aspect, size):
+    path = tmp_path / f"clip{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(*aspect)
+        for array in clip[:4]:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+    read = read_video(path, 2)
+    assert read.shape == (2, *size, 3)
+    assert abs(read.mean() - clip[:2].mean()) < 3
+
+
+def test_pixels_of_no_sense_are_taken_as_square(tmp_path, clip):
+    with av.open(str(tmp_path / "x.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(200, 1)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(clip[0], format="rgb24")))
+        container.mux(stream.encode())
+    assert read_video(tmp_path / "x.mp4", 1).shape == (1, 64, 64, 3)
+
+
+def test_the_stream_that_moves_is_read_not_the_cover_before_it():
+    assert read_video(FILES / "cover_first.mp4", 16).shape == (16, 64, 96, 3)
+
+
+def test_a_stream_of_one_frame_before_the_video_is_passed_over(tmp_path, clip):
+    with av.open(str(tmp_path / "x.mp4"), "w") as container:
+        still, moving = (container.add_stream("libx264", rate=8) for _ in range(2))
+        for stream, side in ((still, 32), (moving, 64)):
+            stream.width = stream.height = side
+            stream.pix_fmt = "yuv420p"
+        for stream, frames in ((still, clip[:1, :32, :32]), (moving, clip)):
+            for array in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    assert read_video(tmp_path / "x.mp4", 8).shape == (8, 64, 64, 3)
+
+
+# ---- by time ----
+
+
+def timed(path, times, base=Fraction(1, 1000), rate=None):
+    """A lossless video whose frame i is grey of 10 i, shown from times[i] seconds on."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=rate or 30)
+        stream.width = stream.height = 16
+        stream.pix_fmt, stream.codec_context.time_base = "gray", base
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((16, 16), 10 * i, np.uint8), format="gray")
+            frame.pts, frame.time_base = round(time / base), base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def shown(frames):
+    return [round(float(frame.mean()) / 10) for frame in frames]
+
+
+@pytest.mark.parametrize(("rate", "fps", "want"), [
+    (24, 8, [0, 3, 6, 9, 12, 15]),
+    (24, 12, [0, 2, 4, 6, 8, 10]),
+    (24, 24, [0, 1, 2, 3, 4, 5]),
+    (30, 8, [0, 4, 7, 11, 15, 19]),  # nearest to 3.75, 7.5 (the earlier), 11.25, 15, 18.75
+    (8, 16, [0, 0, 1, 1, 2, 2]),
+    (Fraction(30000, 1001), 10, [0, 3, 6, 9, 12, 15]),
+])  # fmt: skip
+@pytest.mark.parametrize("start", [0.0, 5.0])
+def test_frames_are_chosen_by_time(tmp_path, rate, fps, want, start):
+    path = timed(tmp_path / "x.mkv", [start + i / rate for i in range(24)], rate=Fraction(rate))
+    assert shown(read_video(path, 6, fps=fps)) == want
+    assert shown(read_video(path, 2, stride=2, start=1, fps=fps)) == [want[1], want[3]]
+
+
+def test_a_video_of_changing_rate(tmp_path):
+    path = timed(tmp_path / "x.mkv", [0, 0.1, 0.2, 0.3, 0.8, 1.0, 1.9])
+    assert shown(read_video(path, 10, fps=10)) == [0, 1, 2, 3, 3, 3, 4, 4, 4, 4]  # 0.5 s is nearer to 0.3 than to 0.8
+
+
+def test_a_video_that_is_too_short_in_seconds(tmp_path):
+    path = timed(tmp_path / "x.mkv", [i / 24 for i in range(24)], rate=24)
+    assert len(read_video(path, 8, fps=8)) == 8  # one second
+    with pytest.raises(VideoError, match=r"at least 9 frames at 8 frames a second.*found 24 at 24") as caught:
+        read_video(path, 9, fps=8)
+    assert caught.value.kind == "too short"
+
+
+def test_the_rate_is_told(video):
+    assert decode_video(video, 1).rate == 8.0

@@ -4,7 +4,7 @@ import types
 import pytest
 import torch
 
-from training.method.learner import Learner, OptimiserError, new_optimiser
+from training.method.learner import MAX_BAD_STEPS, DivergedError, Learner, OptimiserError, new_optimiser
 
 
 def weights(*values):
@@ -43,3 +43,26 @@ def test_a_step_returns_its_losses_and_the_norm_before_clipping():
     assert figures == {"loss": 12.5, "other": 2.0} and norm == pytest.approx(5.0)
     assert [w.item() for w in values.values()] == pytest.approx([3 - 0.5 * 0.6, 4 - 0.5 * 0.8])
     assert all(w.grad is None for w in values.values())
+
+
+def test_updates_that_have_nothing_to_judge_do_not_hide_that_the_others_are_bad():
+    values = weights(1.0)
+    learner = Learner("fake score", values, torch.optim.SGD(values.values(), lr=1.0), clip=1.0)
+    for _ in range(MAX_BAD_STEPS - 1):
+        (values["0"].sum() * torch.nan).backward()
+        learner.step({"fake": torch.tensor(torch.nan)})
+        learner.step({"fake": torch.tensor(0.0)})  # no clip of its batch is judged
+    with pytest.raises(DivergedError, match="fake score in a row"):
+        (values["0"].sum() * torch.nan).backward()
+        learner.step({"fake": torch.tensor(torch.nan)})
+
+
+def test_a_good_update_clears_the_count():
+    values = weights(1.0)
+    learner = Learner("fake score", values, torch.optim.SGD(values.values(), lr=1.0), clip=1.0)
+    for _ in range(2 * MAX_BAD_STEPS):
+        (values["0"].sum() * torch.nan).backward()
+        learner.step({"fake": torch.tensor(torch.nan)})
+        values["0"].sum().backward()
+        learner.step({"fake": torch.tensor(1.0)})
+    assert learner.skipped == learner.steps == 2 * MAX_BAD_STEPS

@@ -1,9 +1,11 @@
+import copy
 import json
 import math
 from operator import eq
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from avdm2_nodes.diffusion.samplers import predict_x0
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
@@ -401,15 +403,112 @@ def test_the_gradient_into_x0_is_damped_by_alpha_over_sigma(stack, make_distilla
 
 
 def test_bf16_keeps_the_gradient_of_a_later_step(stack, make_distillation, make_config, random_clips):
-    """Autocast must not hand the weights that it cast without gradient to the step that needs one."""
+    """The copies that the steps without gradient compute with are those that the last one learns by."""
     norms = []
     for precision in ("float32", "bf16"):
         config = make_config(run={"precision": precision}, student={"steps": [999, 499]})
         run = make_distillation(stack, config)
         real, text = random_clips.batch([0, 1])
         made, clips = run.make_clips(real, text, range(2))  # one sample at each of the two steps
-        run.adm(made, clips).backward()
+        run.student.backward(run.adm(made, clips))
         norms.append({name: p.grad.norm().item() for name, p in run.roles.student_weights.items()})
     exact, half = norms
     assert sum(half.values()) == pytest.approx(sum(exact.values()), rel=0.2)
     assert all(half[name] > 0 for name in exact if exact[name] > 1e-3 * max(exact.values()))
+
+
+def test_in_bf16_a_state_holds_float32_masters_and_goes_on_bitwise(stack, make_distillation, make_config, random_clips):
+    """So a run that was begun with float32 networks, or under autocast, goes on too: a state has the same names for all."""
+    model = {"train": "motion+lora", "share_base": True}
+    runs = []
+    for _ in range(2):
+        config = make_config(run={"precision": "bf16", "batch": 1}, model=model, student={"steps": [499]}, adm={"r1_weight": 0})
+        runs.append(make_distillation(stack, config))
+    straight, resumed = runs
+    straight.update(0, random_clips)
+    state = copy.deepcopy(straight.state_dict())
+    whole = make_distillation(stack, make_config(model=model))
+    assert flat(state).keys() > flat(whole.state_dict()).keys()  # it has the optimisers' states beside
+    assert all(x.dtype == torch.float32 for name in ("student", "fake", "critic") for x in state[name]["weights"].values())
+    resumed.load_state_dict(state)
+    for run in runs:
+        run.update(1, random_clips)
+    assert differing(straight.state_dict(), resumed.state_dict()) == []
+    for learner in (resumed.student, resumed.fake):
+        assert learner.steps == 2
+        assert all(torch.equal(learner.copies[name], weight.bfloat16()) for name, weight in learner.weights.items())
+    average = {name: tensor.clone() for name, tensor in resumed.ema.shadow.items()}
+    resumed.swap()
+    assert all(torch.equal(weight, average[name].bfloat16()) for name, weight in resumed.student.copies.items())
+
+
+# ---- what a GPU is given to do ----
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "r1_weight", "expected"), [(1, 0.0, [8]), (2, 0.0, [8]), (1, 0.1, [6, 6]), (2, 0.1, [6, 6])]
+)
+def test_what_the_critics_judge_is_encoded_in_one_batch(
+    stack, make_distillation, make_config, random_clips, accumulate, r1_weight, expected
+):
+    """Of two turns, of two parts, or both, as long as it is of no more than eight clips; each clip's judgement is its own."""
+    updates = {"updates_per_student": 2}
+    config = make_config(run={"accumulate": accumulate}, adm=updates | {"r1_weight": r1_weight}, student={"steps": [499]})
+    run, batches, losses = make_distillation(stack, config), [], {}
+    encoder = run.roles.encoder
+
+    def seen(x_t, t, text):
+        if not torch.is_grad_enabled():
+            batches.append(len(x_t))
+        return encoder(x_t, t, text)
+
+    run.roles.encoder = seen
+    original, begun = run.critic_loss, copy.deepcopy(run.heads.state_dict())
+
+    def critic_loss(made, turn):
+        losses[made.samples[0], turn] = (made, loss := original(made, turn))
+        return loss
+
+    run.critic_loss = critic_loss
+    run.update(0, random_clips)
+    assert batches == expected
+    run.heads.load_state_dict(begun)
+    for (_, turn), (made, loss) in losses.items():
+        if turn == 0:  # in the next the heads have learnt
+            x_t, t, text = run.critic_inputs(made, turn)
+            singly = [run.heads(encoder(*(y[i : i + 1] for y in (x_t, t, text)))) for i in range(len(x_t))]
+            fake, real, *near = torch.cat(singly).chunk(run.kinds)
+            by_hand = softplus(fake).mean() + softplus(-real).mean()
+            if near:
+                by_hand = by_hand + r1_weight * (real - near[0]).square().mean() / 0.1**2
+            assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_an_update_waits_for_the_device_where_losses_are_checked_only(
+    stack, make_distillation, make_config, random_clips, monkeypatch
+):
+    """Timesteps and places in a batch, which are whole numbers, lie on the CPU and may be read there."""
+    run = make_distillation(stack, make_config(warmup={"updates": 1}, student={"steps": [999, 499]}, adm={"t_max": 700}))
+    inside, waits = [], []
+    original = torch.Tensor.tolist
+
+    def recorded(name, wait):
+        def method(tensor, *args):
+            if tensor.is_floating_point() and not inside:
+                waits.append(name)
+            return wait(tensor, *args)
+
+        return method
+
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, recorded(name, getattr(torch.Tensor, name)))
+    assert torch.Tensor.tolist is not original
+    steps = 0
+    for learner in (run.student, run.fake, run.critic):
+        for optimiser in (learner.optimiser,):
+            step = optimiser.step
+            optimiser.step = lambda step=step: (inside.append(1), step(), inside.pop())
+    for update in range(3):
+        steps += 3
+        run.update(update, random_clips)
+    assert waits == ["tolist"] * steps

@@ -22,6 +22,7 @@ def run(tmp_path, *stages, steps=2):
     return tmp_path / "stack"
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_the_stack_loads_whole(tmp_path, small, monkeypatch):
     render_split = build.scenes.render_split
     monkeypatch.setattr(build.scenes, "render_split", lambda count, **options: render_split(min(count, 16), **options))
@@ -40,6 +41,7 @@ def test_every_stage_runs_and_the_stack_loads_whole(tmp_path, small, monkeypatch
     assert not [f for f in stack.rglob("*.json") if str(tmp_path) in f.read_text()], "no path of a machine ships"
 
 
+@pytest.mark.slow
 def test_a_stage_that_stopped_goes_on_to_the_same_weights(tmp_path, small, monkeypatch):
     unbroken = load_file(run(tmp_path / "a", "vae", steps=4) / "vae" / "diffusion_pytorch_model.safetensors")
     run_stage = build.run_stage

@@ -4,6 +4,8 @@ import resource
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from training.run.checkpoint import CheckpointError, Checkpoints, load_state, save_state, write_atomically
@@ -146,3 +148,112 @@ def test_a_full_disk_loses_no_checkpoint(tmp_path, file_limit):
     with pytest.raises(CheckpointError):
         checkpoints.save(2, {"a": torch.ones(2**16)})
     assert checkpoints.latest()[0] == 1 and len(os.listdir(tmp_path)) == 1
+
+
+# ---- damage ----
+
+
+def two(folder):
+    """Two checkpoints; the path of the newest."""
+    checkpoints = Checkpoints(folder, keep=3)
+    for step in (1, 2):
+        checkpoints.save(step, {"step": step, "weight": torch.full((20_000,), float(step)), "inner": {"n": [1, 2]}})
+    return checkpoints, checkpoints.paths()[-1]
+
+
+def is_passed_over(checkpoints, newest, caplog, keys=()):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        step, state = checkpoints.latest(keys)
+    assert "\n" not in caplog.records[0].getMessage()
+    return step == state["step"] == 1 and newest.name in caplog.text
+
+
+@pytest.mark.parametrize("place", [-1, -40_000, -79_000, 300, 340, 9])
+def test_a_flipped_bit_is_found(tmp_path, caplog, place):
+    checkpoints, newest = two(tmp_path)
+    data = bytearray(newest.read_bytes())
+    data[place] ^= 4
+    newest.write_bytes(data)
+    assert is_passed_over(checkpoints, newest, caplog)
+
+
+def test_a_hole_that_a_power_cut_left_is_found(tmp_path, caplog):
+    checkpoints, newest = two(tmp_path)
+    data = newest.read_bytes()
+    newest.write_bytes(data[:20_000] + bytes(32_768) + data[52_768:])
+    assert is_passed_over(checkpoints, newest, caplog)
+
+
+def test_every_flipped_bit_of_a_small_one(tmp_path):
+    """Whatever bit it is: the same state as was written, or refused; the hash's own name may go, and nothing else with it."""
+    path = tmp_path / "x.safetensors"
+    save_state(path, {"step": 3, "weight": torch.arange(6.0)})
+    data = path.read_bytes()
+    for place in range(len(data)):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            state = load_state(path)
+        except ValueError as error:
+            assert "\n" not in str(error)
+        else:
+            assert state["step"] == 3 and torch.equal(state["weight"], torch.arange(6.0))
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling", "loop", "pipe"])
+def test_what_is_no_file_is_passed_over(tmp_path, caplog, kind):
+    checkpoints, newest = two(tmp_path)
+    newest.unlink()
+    if kind == "folder":
+        newest.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(newest)
+    else:
+        newest.symlink_to(newest.name if kind == "loop" else "nowhere")
+    assert is_passed_over(checkpoints, newest, caplog)
+    checkpoints.save(3, {"step": 3})
+    assert checkpoints.latest() == (3, {"step": 3})
+
+
+@pytest.mark.parametrize(
+    "skeleton", ['{"__dict__": 5}', "[" * 100_000, "3", '{"a": 1}', '{"__dict__": [["step"]]}', "1" * 5000, "{"]
+)
+def test_another_structure_is_passed_over(tmp_path, caplog, skeleton):
+    checkpoints, newest = two(tmp_path)
+    save_file({"x": torch.zeros(1)}, newest, {"state": skeleton})
+    assert is_passed_over(checkpoints, newest, caplog)
+
+
+def test_a_state_of_another_program_is_passed_over(tmp_path, caplog):
+    checkpoints, newest = two(tmp_path)
+    save_state(newest, {"x": {"weight": torch.zeros(1)}})
+    assert is_passed_over(checkpoints, newest, caplog, keys=("step", "weight"))
+
+
+def test_a_checkpoint_of_before_there_were_hashes_is_taken(tmp_path):
+    checkpoints, newest = two(tmp_path)
+    with safe_open(newest, "pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors, newest, {"state": about["state"]})
+    step, state = checkpoints.latest(("step", "weight"))
+    assert (
+        step == state["step"] == 2
+        and torch.equal(state["weight"], torch.full((20_000,), 2.0))
+        and state["inner"] == {"n": [1, 2]}
+    )
+
+
+def test_a_file_in_the_folders_place_is_told(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(CheckpointError, match=r"Expected a folder for checkpoints at .*found a file"):
+        Checkpoints(tmp_path / "checkpoints", keep=1).latest()
+    with pytest.raises(CheckpointError, match="File exists"):
+        Checkpoints(tmp_path / "checkpoints", keep=1).save(1, {"step": 1})
+
+
+def test_files_of_other_names_are_not_looked_at(tmp_path):
+    checkpoints, _ = two(tmp_path)
+    (tmp_path / "step-x.safetensors").write_bytes(b"x")
+    assert checkpoints.latest()[0] == 2

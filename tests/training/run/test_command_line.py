@@ -119,6 +119,8 @@ def test_an_unknown_section(load):
         (["--adm.t_max", "20"], ["adm.t_min", "adm.t_max"]),
         (["--sdm.frames", "9"], ["sdm.frames", "data.frames"]),
         (["--run.accumulate", "3"], ["run.batch", "run.accumulate"]),
+        (["--run.accumulate", "0"], ["run.accumulate", "at least 1, or auto", "'0'"]),
+        (["--model.gradient_checkpointing", "some"], ["model.gradient_checkpointing", "true, false or auto", "'some'"]),
         (["--sdm.weight", "0", "--adm.start_update", "5"], ["adm.start_update"]),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from training.run.config import ROOT, from_yaml, to_yaml
-from training.run.folder import RunFolder, RunFolderError
+from training.run.folder import RunFolder, RunFolderError, told_of_disk
 
 CONFIG = from_yaml("run: {seed: 1}")
 
@@ -153,3 +153,70 @@ def test_resuming_for_longer_is_allowed(tmp_path):
 def test_resuming_without_the_settings_is_refused(tmp_path):
     with RunFolder(tmp_path) as folder, pytest.raises(RunFolderError, match=r"config\.yaml.*No such file"):
         folder.start(CONFIG, update=5)
+
+
+# ---- side files that a power cut or a person left ----
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", "run: {seed: 1}".encode("utf-16-le")])
+def test_settings_in_another_encoding_are_told(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with RunFolder(tmp_path) as folder, pytest.raises(RunFolderError, match=r"config\.yaml, found: another encoding") as caught:
+        folder.start(CONFIG, update=5)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_are_a_pipe_are_told(tmp_path):
+    os.mkfifo(tmp_path / "config.yaml")
+    with RunFolder(tmp_path) as folder, pytest.raises(RunFolderError, match="neither a file nor a folder"):
+        folder.start(CONFIG, update=5)
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"update": ' + "9" * 5000 + "}", '{"update": "x"}', "[]", '{"update": null}', "\ud800"]
+)
+def test_lines_of_the_stats_that_are_none_are_dropped(tmp_path, line):
+    with RunFolder(tmp_path) as folder:
+        folder.start(CONFIG)
+        folder.write_stats(1, {"loss": 1.0})
+    with (tmp_path / "stats.jsonl").open("ab") as file:
+        file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+    with RunFolder(tmp_path) as folder:
+        folder.start(CONFIG, update=1)
+    assert stats(tmp_path) == [{"update": 1, "loss": 1.0}]
+
+
+def test_a_folder_in_the_place_of_the_stats_is_told(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.start(CONFIG)
+    (tmp_path / "stats.jsonl").unlink()
+    (tmp_path / "stats.jsonl").mkdir()
+    for update in (0, 5):
+        with RunFolder(tmp_path) as folder, pytest.raises(RunFolderError, match="Is a directory") as caught:
+            folder.start(CONFIG, update)
+        assert "\n" not in str(caught.value)
+
+
+# ---- the clips that a run was begun with ----
+
+
+def test_other_clips_than_a_run_was_begun_with_are_refused(tmp_path):
+    ours, others = {"clips": 32, "sha256": "a"}, {"clips": 22, "sha256": "b"}
+    with RunFolder(tmp_path) as folder:
+        folder.hold_to(others, resumes=False)
+        folder.hold_to(ours, resumes=False)  # nothing was learnt from the first
+        folder.hold_to(ours, resumes=True)
+        with pytest.raises(RunFolderError, match=r"begun with \(32\), found others \(22\).*remove clips\.json") as caught:
+            folder.hold_to(others, resumes=True)
+        assert "\n" not in str(caught.value)
+        (tmp_path / "clips.json").write_text("{")
+        with pytest.raises(RunFolderError, match=r"clips\.json, found: no JSON.*remove it"):
+            folder.hold_to(ours, resumes=True)
+        (tmp_path / "clips.json").unlink()  # also a run of before
+        folder.hold_to(others, resumes=True)
+        folder.hold_to(others, resumes=True)
+
+
+def test_a_full_disk_is_told(tmp_path):
+    with pytest.raises(RunFolderError, match=r"found: No space left on device; .*it goes on"), told_of_disk(tmp_path):
+        raise OSError(28, "No space left on device", "clips.png")

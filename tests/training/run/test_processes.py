@@ -85,6 +85,10 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused(make_config):
     require_equal_parts(run, type("Three", (), {"count": 3}))
     with pytest.raises(ConfigError, match=r"a multiple of 2 processes times run.accumulate \(2\), found 6;"):
         require_equal_parts(run, type("Two", (), {"count": 2}))
+    open_yet = make_config(run={"batch": 6, "accumulate": "auto"}).run
+    require_equal_parts(open_yet, type("Two", (), {"count": 2}))
+    with pytest.raises(ConfigError, match="a multiple of 4 processes, found 6;"):
+        require_equal_parts(open_yet, type("Four", (), {"count": 4}))
 
 
 # ---- a run of several ----
