@@ -1,4 +1,5 @@
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from training.run.config import from_yaml
 from training.world import scenes
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that tests start: threads of several would wait for one another
 
 WIDTHS, TEXT_WIDTH, TOKENS = (32, 32, 64), 32, 32
 

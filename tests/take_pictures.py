@@ -32,6 +32,8 @@ NODES = {  # from which workflow the picture of a node on its help page is
     "AVDM2PromptTravel": ("03", "prompt_travel"),
     "AVDM2StyleTransfer": ("06", "style_transfer"),
     "AVDM2StyleTraining": ("07", "style_training"),
+    "AVDM2Distillation": ("08", "distillation"),
+    "AVDM2SparseControlLoader": ("19", "sparse_control_loader"),
 }
 ADDED = {  # nodes that the workflow lacks: the input that takes its model
     "AVDM2MotionModule": "model",
@@ -46,6 +48,8 @@ MIDDLE = {  # the node that stands for a workflow whose clip nobody has made
     "15": "IPAdapter",
     "16": "AVDM2StyleTransfer",
     "17": "AVDM2StyleTraining",
+    "18": "AVDM2Distillation",
+    "19": "AVDM2SparseControlLoader",
 }
 IN_DOCS = {"01": ("text_to_video", 720), "02": ("teacher_and_student", 900)}  # the page's height
 SQUARE = 480  # pixels of a picture in the template browser

@@ -135,7 +135,7 @@ def test_the_readme_begins_with_the_main_job_and_the_tests():
     """CI runs the second."""
     job, tests = [text for language, text in blocks(README) if language == "bash"][:2]
     assert job.splitlines()[-1] == "python training/distill.py"
-    assert tests.splitlines()[-1] == "python -m pytest"
+    assert tests.splitlines()[-1] == "python -m pytest -n 2"
 
 
 def test_the_readme_lists_the_nodes():

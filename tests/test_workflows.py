@@ -67,6 +67,7 @@ PEERS = {  # nodes of another pack, by its name in the registry
 PEER = "comfyui_ipadapter_plus"
 WIDGETS = {"COMBO", "STRING", "INT", "FLOAT", "BOOLEAN"}
 CONTROL = ("fixed", "increment", "decrement", "randomize")  # the value that control_after_generate adds behind a widget's
+WIRES = {"ControlNet": "CONTROL_NET"}  # wires whose name is not their class's
 BUNDLED = "(bundled)"
 FILES = (".safetensors", ".ckpt")
 OWN_STUDENT = "avdm2_sd15_4step.safetensors"  # which a person has to distil first
@@ -127,7 +128,9 @@ def read_nodes() -> dict[str, Node]:
                         Input(ast.literal_eval(item.args[0]), item.func.value.attr.upper(), constants(item) | said)
                     )
                 for item in parts["outputs"].elts:
-                    node.outputs.append((constants(item)["display_name"], item.func.value.attr.upper()))
+                    node.outputs.append(
+                        (constants(item)["display_name"], WIRES.get(item.func.value.attr, item.func.value.attr.upper()))
+                    )
                 nodes[node.id] = node
     return nodes
 

@@ -47,6 +47,11 @@ def style_training(facts: Facts, base: Base, style: str, file: Path, folder: Pat
         raise TrainingError(
             "Expected a student without styles to train one for, found some on it; wire the student from AVDM2 Student Loader."
         )
+    if info.chain != "renoise":
+        raise TrainingError(
+            f"Expected a student of AVDM2's own kind to learn a style for, found {Path(facts.student.name).name}, which another method "
+            "made; choose one of models/avdm2, or make one with AVDM2 Distillation."
+        )
     if not base.bundled and not prompts.strip():
         raise TrainingError(
             "Expected prompts to learn the style on, found none; write some as you would for clips, one a line: 50 or more."

@@ -31,7 +31,8 @@ pytestmark = pytest.mark.slow
 
 NODES = {
     "AVDM2StackLoader", "AVDM2TeacherLoader", "AVDM2MotionModule", "AVDM2StudentLoader", "AVDM2StudentSampler",
-    "AVDM2TeacherSampler", "AVDM2Steps", "AVDM2PromptTravel", "AVDM2StyleTransfer", "AVDM2StyleTraining", "AVDM2SaveStudent",
+    "AVDM2TeacherSampler", "AVDM2Steps", "AVDM2PromptTravel", "AVDM2SparseControlLoader", "AVDM2StyleTransfer",
+    "AVDM2StyleTraining", "AVDM2Distillation", "AVDM2SaveStudent",
 }  # fmt: skip
 GROWTH = 30  # MB that 50 prompts may add to what the server holds
 

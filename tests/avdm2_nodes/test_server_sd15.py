@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,14 +22,27 @@ from avdm2_nodes.files.student_info import StudentInfo
 from tests.avdm2_nodes.conftest import ROOT
 from tests.avdm2_nodes.files.original_layouts import SD15, original_checkpoint, original_motion, values
 from tests.avdm2_nodes.live import Client, Server
+from training.data.video import write_video
 
 pytestmark = pytest.mark.slow
 
 COMFY = Path(sys.executable).with_name("comfy")
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+MINIATURE = [path for path in WORKFLOWS if "(miniature)" in path.stem]
+# At this size training is for a GPU; IP-Adapter and SparseCtrl have tests of their own, of their published layouts.
+FULL_SIZE = [path for path in WORKFLOWS if path not in MINIATURE and not path.stem.startswith(("15", "17", "18", "19"))]
 CHECKPOINT, MOTION, STUDENT = "v1-5-pruned-emaonly-fp16.safetensors", "v3_sd15_mm.ckpt", "avdm2_sd15_4step.safetensors"
+LIGHTNING = "animatediff_lightning_4step_comfyui.safetensors"
 LEFT = 300  # MB that may stay when all models of full size are unloaded: allocator, caches of libraries
-SMALL = {"EmptyLatentImage": [64, 64, 2], "AVDM2TeacherSampler": [1, "fixed", 2, 7.5, 1.0]}  # so that a CPU does it in minutes
+SMALL = {  # so that a CPU does it in minutes
+    "EmptyLatentImage": [64, 64, 2],
+    "PrimitiveInt": [18, "fixed"],  # frames of a long clip: more than a window; elsewhere a seed
+    "ImageFromBatch": [0, 2],
+    "ImageScale": ["lanczos", 64, 64, "center"],
+    "LoadVideo": ["clip.mp4", "image"],
+    "AVDM2TeacherSampler": [1, "fixed", 2, 7.5, 1.0],
+    "AVDM2Distillation": ["rendered clips (for the miniature)", "short", 6, "fits 24 GB", "", "the model's own"],
+}
 
 
 def write_models(base: Path) -> None:
@@ -36,12 +50,20 @@ def write_models(base: Path) -> None:
     manifest = yaml.safe_load((ROOT / "workflows" / "models.yaml").read_text(encoding="utf-8"))
     needs = {(kind, name) for files in manifest.values() for kind, names in files.items() for name in names}
     models = base / "models"
+    needs = {(kind, name) for kind, name in needs if kind not in ("ipadapter", "clip_vision") and "sparsectrl" not in name} | {
+        ("avdm2", STUDENT)
+    }
     for kind, _ in needs:
         (models / kind).mkdir(parents=True, exist_ok=True)
     for seed, name in enumerate(sorted(name for kind, name in needs if kind == "checkpoints")):
         save_file(values(original_checkpoint(**SD15), seed, torch.float16), models / "checkpoints" / name)
     motion = values(original_motion(), dtype=torch.float16)
     torch.save(motion, models / "animatediff_models" / MOTION)
+    save_file(values(original_motion(), 1, torch.float16), models / "animatediff_models" / LIGHTNING)
+    write_lora(next(models / kind / name for kind, name in needs if kind == "loras"))
+    write_controlnet(next(models / kind / name for kind, name in needs if "canny" in name))
+    (base / "input").mkdir(exist_ok=True)
+    write_video(base / "input" / "clip.mp4", np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8), 8)
     student = {key: 0.9 * tensor for key, tensor in to_diffusers_keys(motion).items()}
     base_hash = weights_hash(load_image_unet(models / "checkpoints" / CHECKPOINT))
     info = StudentInfo(
@@ -51,6 +73,22 @@ def write_models(base: Path) -> None:
     )  # fmt: skip
     write_student(models / "avdm2" / STUDENT, student, info)
     assert {(path.parent.name, path.name) for path in models.glob("*/*.*")} == needs
+
+
+def write_lora(path: Path) -> None:
+    """A LoRA of one layer, in the names of kohya's scripts."""
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    up, down = torch.randn(320, 4) / 8, torch.randn(4, 320) / 8
+    save_file({f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down, f"{layer}.alpha": torch.tensor(4.0)}, path)
+
+
+def write_controlnet(path: Path) -> None:
+    """A ControlNet of SD1.5's size in diffusers' names."""
+    from diffusers import ControlNetModel
+
+    with torch.device("meta"):
+        shapes = ControlNetModel(cross_attention_dim=768).state_dict()
+    save_file({name: torch.randn(tensor.shape).mul(0.02).half() for name, tensor in shapes.items()}, path)
 
 
 def student_config() -> dict:
@@ -112,17 +150,20 @@ def unload(server: Server, least: float) -> float:
     return held
 
 
-@pytest.mark.parametrize("path", [w for w in WORKFLOWS if w.stem.startswith("miniature")], ids=lambda path: path.stem)
-def test_comfy_run_passes_for_the_miniature(server, path):
-    comfy_run(server, path)
+def test_every_workflow_is_run_by_one_of_these_tests():
+    assert MINIATURE and {path.stem[:2] for path in FULL_SIZE} == {"11", "12", "13", "14", "16"}
+
+
+@pytest.mark.parametrize("path", MINIATURE, ids=lambda path: path.stem)
+def test_comfy_run_passes_for_the_miniature(server, tmp_path, path):
+    comfy_run(server, made_small(path, tmp_path) if "Distillation" in path.stem else path)
 
 
 def test_each_sd15_workflow_passes_and_unloading_gives_its_memory_back(server, tmp_path, record_property):
     before, held = unload(server, 0), {}  # with all libraries imported, by the workflows of the miniature
-    for path in WORKFLOWS:
-        if path.stem.startswith("sd15") and not path.stem.endswith("training"):  # at this size, training is for a GPU
-            comfy_run(server, made_small(path, tmp_path))
-            held[path.stem] = server.rss()
+    for path in FULL_SIZE:
+        comfy_run(server, made_small(path, tmp_path))
+        held[path.stem] = server.rss()
     after = unload(server, before + LEFT)
     record_property("rss_mb", {"before": before, **held, "after": after})
     print(f"\nRSS {before:.0f} MB before, {held} after each workflow, {after:.0f} MB after unloading")
@@ -163,4 +204,4 @@ def test_an_interrupt_stops_within_an_evaluation_and_leaves_nothing(server, tmp_
     )
     assert sum(when > pressed for when in moved) <= 1, "the step under way may end, no other begins"
     assert after < before + LEFT
-    comfy_run(server, made_small(ROOT / "workflows" / "sd15_text_to_video.json", tmp_path))
+    comfy_run(server, made_small(FULL_SIZE[0], tmp_path))

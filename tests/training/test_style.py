@@ -1,6 +1,7 @@
 """A style for a finished student: training goes on from its file, and leaves a small one of its own."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from avdm2_nodes.diffusion.unets import image_predictor, video_predictor
 from avdm2_nodes.files.hashes import weights_hash
 from avdm2_nodes.files.lora import lora_products
 from avdm2_nodes.files.stack import load_image_unet
-from avdm2_nodes.files.student import read_student
+from avdm2_nodes.files.student import read_student, write_student
 from avdm2_nodes.files.student_info import StudentFileError
 from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import StyleFileError, lora_change, read_style, require_student
@@ -271,10 +272,12 @@ def test_settings_that_do_not_agree(settings, arguments, said):
 
 def test_what_does_not_fit_is_refused_in_words(settings, student, stack, work, make_image_unet, tmp_path):
     make_image_unet((32, 64, 64)).save_pretrained(tmp_path / "wide")
+    write_student(tmp_path / "peer.safetensors", student.tensors, replace(student.info, chain="euler"))
     for kind, said, *arguments in (
         (StyleError, "another|unlike", "--model.score_unet", tmp_path / "wide"),
         (StudentFileError, "leaves them as they are", "--student.steps", "999,749"),
         (StudentFileError, "found nothing", "--model.student", tmp_path / "gone"),
+        (StudentFileError, r"of another method \(chain euler\)", "--model.student", tmp_path / "peer.safetensors"),
         (DataError, "found nothing", "--model.score_unet", "null", "--style.images", tmp_path / "gone"),
         (DataError, "Expected images", "--model.score_unet", "null", "--style.images", tmp_path / "wide"),
     ):

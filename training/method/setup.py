@@ -14,10 +14,15 @@ from training.run.precision import autocast
 
 
 def begin_from(config: DistillConfig) -> Student | None:
-    """The finished student that the run goes on from, if any. StudentFileError where a style's steps are not that student's."""
+    """The finished student that the run goes on from, if any. StudentFileError where a style's steps or chain are not that student's."""
     if config.model.student is None:
         return None
     student = read_student(config.model.student)
+    if config.model.train == "style" and student.info.chain != "renoise":
+        raise StudentFileError(
+            f"Expected a student whose steps draw fresh noise, beside which a style is learnt, found {student.name} of another method "
+            f"(chain {student.info.chain}); choose one that was distilled by training/distill.py."
+        )
     if config.model.train == "style" and student.info.timesteps != config.student.steps:
         raise StudentFileError(
             f"Expected student.steps as {student.name} has them, for a style leaves them as they are, found {list(config.student.steps)}; "

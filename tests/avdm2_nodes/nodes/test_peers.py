@@ -125,3 +125,14 @@ def test_animatelcm_without_its_lora_is_refused(load, model_folders):
     ):
         load(ANIMATELCM)
     aside.rename(lora)
+
+
+def test_no_style_is_learnt_for_another_method_s_student(comfyui, load):
+    """It is told before a process is started that could not read them."""
+    for name in (LIGHTNING, ANIMATELCM):
+        with pytest.raises(
+            RuntimeError, match=rf"Expected a student of AVDM2's own kind .* found {name}, which another method made"
+        ):
+            comfyui.run(
+                "AVDM2StyleTraining", student=load(name), style="other of tiny", name="never", updates=1, prompts="a red circle"
+            )
