@@ -56,15 +56,28 @@ def test_gradients_of_earlier_parts_stand_while_a_later_one_is_made(stack, make_
     assert whole.standing == cut.standing
 
 
+@pytest.fixture(scope="module")
+def plans():
+    return {}
+
+
 @pytest.mark.parametrize("checkpointing", ["auto", True])
-def test_auto_is_what_fits(stack, make_config, checkpointing):
+def test_auto_is_what_fits(stack, make_config, checkpointing, plans, monkeypatch):
     """Parts of as many clips as fit, and then no checkpointing where that fits as well."""
     unet, motion = dict(stack.image_unet.config), dict(stack.motion.config)
     config = make_config(run={"batch": 6, "accumulate": "auto"}, model={"gradient_checkpointing": checkpointing})
 
+    def planned(settled, *networks):  # each plan takes seconds, and most are asked for several times
+        key = settled.run.accumulate, settled.model.gradient_checkpointing, networks[-1]
+        if key not in plans:
+            plans[key] = memory_plan(settled, *networks)
+        return plans[key]
+
+    monkeypatch.setattr("training.cost.memory_plan.memory_plan", planned)
+
     def needed(clips, again):
         settled = make_config(run={"batch": 6, "accumulate": 6 // clips}, model={"gradient_checkpointing": again})
-        return memory_plan(settled, unet, motion, clips).total / 0.9
+        return planned(settled, unet, motion, clips).total / 0.9
 
     def found(memory):
         settled = fitted(config, memory, 1, unet, motion)
