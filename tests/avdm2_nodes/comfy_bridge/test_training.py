@@ -60,9 +60,9 @@ def full_disk():
 
 
 def test_a_name_says_where_the_file_and_the_folder_are(comfyui, room):
-    file, folder = room.places("mine/v1.5 ink")
-    assert file == comfyui.base / "models" / "avdm2" / "mine" / "v1.5 ink.safetensors"
-    assert folder == comfyui.base / "output" / "AVDM2" / "mine" / "v1.5 ink"
+    file, folder = room.places("of nobody yet/v1.5 ink")
+    assert file == comfyui.base / "models" / "avdm2" / "of nobody yet" / "v1.5 ink.safetensors"
+    assert folder == comfyui.base / "output" / "AVDM2" / "of nobody yet" / "v1.5 ink"
     assert not file.parent.exists() and not folder.exists()
 
 
@@ -72,8 +72,8 @@ def test_a_name_that_leaves_its_folder_is_refused(room, name):
 
 
 def test_a_name_that_no_file_can_have_is_refused(room, model_folders):
-    assert "found: File name too long; choose another name." in refusal(room.places, "x" * 240)
-    assert "found: File name too long; choose another name." in refusal(room.places, "x" * 300 + "/y")
+    assert "found one of 240; choose a shorter one." in refusal(room.places, "x" * 240, error=ValueError)
+    assert "found one of 302; choose a shorter one." in refusal(room.places, "x" * 300 + "/y", error=ValueError)
     assert "found: signs that are no text; choose another name." in refusal(room.places, "a\ud800b")
     (model_folders / "avdm2" / "taken").write_text("a file")
     assert "found a file in its place; choose another name." in refusal(room.places, "taken/x")
@@ -172,7 +172,7 @@ def test_prompts_onto_a_full_disk_leave_nothing(room, training):
 def test_prompts_of_one_name_are_the_same_prompts(room, tmp_path):
     one, other = room.prompts_file(tmp_path, PROMPTS), room.prompts_file(tmp_path, PROMPTS + "more")
     assert one != other and one == room.prompts_file(tmp_path, PROMPTS)
-    assert "found a sign that is none" in refusal(room.prompts_file, tmp_path, "a \ud800 circle")
+    assert "a lone surrogate" in refusal(room.prompts_file, tmp_path, "a \ud800 circle")
 
 
 def test_a_full_models_folder_is_named_and_left_as_it_was(room, training):

@@ -111,7 +111,7 @@ def test_a_file_that_is_no_student_is_refused(comfyui, loaded, model_folders, no
     ):
         load(comfyui, file.name, loaded.teacher)
     file.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"Expected a readable student file at .*no student.safetensors, found it truncated"):
+    with pytest.raises(ValueError, match=r"Expected a whole model file at .*no student.safetensors, found it truncated"):
         load(comfyui, file.name, loaded.teacher)
     file.unlink()
 
