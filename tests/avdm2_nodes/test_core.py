@@ -605,3 +605,19 @@ def test_another_noise_schedule_after_the_motion_is_told(comfyui, sample, studen
     caplog.clear()
     sample()
     assert not [m for m in caplog.messages if "AVDM2" in m]
+
+
+@pytest.mark.slow
+def test_a_compiled_student_and_the_image_model_after_it(comfyui, loaded, sample, student, prompt):
+    """As TorchCompileModel does it, without the minutes of a C++ compiler; the network that is shared goes on without motion."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    still = {
+        "model": comfyui.pack("comfy_bridge.facts").facts_of(student).image_model, "positive": prompt, "negative": prompt, "latent_image": comfyui.empty(1), "seed": SEED, "cfg": 1.0,
+        "denoise": 1.0, "sampler_name": "euler", "scheduler": "simple", "steps": 1,
+    }  # fmt: skip
+    before = comfyui.run("KSampler", **still)[0]["samples"]
+    compiled = student.clone()
+    set_torch_compile_wrapper(model=compiled, backend="eager")
+    assert difference(sample(student=compiled), sample()) < CLIP
+    assert torch.equal(comfyui.run("KSampler", **still)[0]["samples"], before)

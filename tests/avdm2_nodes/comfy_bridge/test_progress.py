@@ -53,7 +53,9 @@ def test_core_s_sampler_shows_the_clip_too_and_an_image_model_s_does_not(comfyui
 
 
 def test_without_previews_in_comfyuis_setting_there_are_none(sample, progress, monkeypatch):
-    monkeypatch.setattr("comfy.utils.PROGRESS_THROTTLE_MIN_INTERVAL", 0, raising=False)  # core passes over steps of milliseconds
+    monkeypatch.setattr(
+        "comfy.utils.PROGRESS_THROTTLE_MIN_INTERVAL", 0, raising=False
+    )  # core passes over steps of milliseconds
     sample()
     assert [(step, steps, preview) for step, steps, preview in progress] == [(i, 4, None) for i in (1, 2, 3, 4)]
 
