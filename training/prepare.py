@@ -64,7 +64,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--workers", type=between(0, 1024), default=os.cpu_count() or 1, metavar="N", help=workers_help)
     shard_help = "clips a shard, the most that an interruption loses (default: 64)"
     parser.add_argument("--shard-clips", type=between(1, 10**6), default=64, metavar="N", help=shard_help)
+    strict_help = "a clip or a caption that cannot be used is an error, not left out (as --data.strict true)"
+    parser.add_argument("--strict", action="store_true", help=strict_help)
     args, settings = parser.parse_known_args(argv)
+    if args.strict:
+        settings += ["--data.strict", "true"]
     if args.clips and not args.prompts:
         parser.error("--clips is for clips of the teacher: name their --prompts too, or leave it out")
     return args, settings
