@@ -111,7 +111,9 @@ def prepare(args: argparse.Namespace, config: DistillConfig) -> None:
     named(skipped)
     left_out = sorted([*left_out, *skipped], key=lambda clip: clip.name)
     if not usable:
-        raise DataError(f"Expected clips that can be used, found {len(left_out)} that cannot, first: {left_out[0].reason}")
+        raise DataError(
+            f"Expected clips that can be used, found {len(left_out)} that cannot be used, first: {left_out[0].reason}"
+        )
     if not prompts and config.data.fps is None:
         tell_of_rates(Cache(args.out, space).rates)
     logger.info("%d clips are in %s, %s. Train on them with --data.folder %s", usable, args.out, counted(left_out), args.out)

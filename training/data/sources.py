@@ -55,8 +55,8 @@ def require_whole(cut: list[str], strict: bool) -> None:
     """DataError where data.strict is set and captions are longer than the text encoder takes."""
     if strict and cut:
         raise DataError(
-            f"Expected captions that the text encoder takes whole (data.strict), found {len(cut)} that are cut, first {one_line(cut[0])!r}; "
-            "shorten them, or set data.strict false."
+            f"Expected captions that the text encoder takes whole (data.strict), found {len(cut)} that are cut, "
+            f"first {one_line(cut[0])!r}; shorten them, or set data.strict false."
         )
 
 
