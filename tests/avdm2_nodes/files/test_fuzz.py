@@ -240,7 +240,7 @@ def test_what_leaves_its_bounds_is_told(tmp_path):
 
         return inner
 
-    said = dict(run_bounded(["fine", "memory", "crash", "loop", "fine too"], run, 2, seconds=2))
+    said = dict(run_bounded(["fine", "memory", "crash", "loop", "fine too"], run, 2, seconds=6))
     assert said["fine"].words == said["fine too"].words == "read" and said["memory"].taken > 2**30
     for case, word in (("memory", "MB taken"), ("crash", "signal 11"), ("loop", "signal 27")):
         assert word in said[case].words
