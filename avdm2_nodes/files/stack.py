@@ -158,12 +158,12 @@ def _require_matching_parts(stack: Stack) -> None:
     for setting in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
         _require_equal(stack, setting, None, unet.get(setting), ", as of another family than SD1.5")
     # Of a checkpoint in one file the tokenizer is CLIP's, checked for itself.
-    if stack.folder.is_dir() and (
-        len(tokenizer) > text.vocab_size or tokenizer.model_max_length > text.max_position_embeddings
-    ):
+    longest = tokenizer.model_max_length
+    fits = isinstance(longest, (int, float)) and longest <= text.max_position_embeddings and len(tokenizer) <= text.vocab_size
+    if stack.folder.is_dir() and not fits:
         raise StackError(
             f"Expected a tokenizer for the text encoder in {stack.folder} ({text.vocab_size} tokens, prompts of "
-            f"{text.max_position_embeddings}), found one of {len(tokenizer)} tokens and prompts of {tokenizer.model_max_length}; "
+            f"{text.max_position_embeddings}), found one of {len(tokenizer)} tokens and prompts of {one_line(longest)}; "
             "choose a folder whose parts belong together."
         )
     if motion is None:

@@ -333,7 +333,8 @@ def parse_yaml(text: str, name: str) -> dict:
     try:
         values = _plain(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError of a number with thousands of digits, or a date that is none
-        raise ConfigError(f"Expected YAML in {name}, found: {' '.join(str(error).split())}; correct it.") from error
+        cause = " ".join(str(error).split()).partition("; use sys.")[0]  # advice for who writes Python
+        raise ConfigError(f"Expected YAML in {name}, found: {cause}; correct it.") from error
     except RecursionError as error:
         raise ConfigError(f"Expected YAML in {name}, found it nested too deep; correct it.") from error
     if values is None:

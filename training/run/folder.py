@@ -142,6 +142,8 @@ def told_of_disk(path: Path) -> Iterator[None]:
 
 
 def _lines(path: Path) -> list[str]:
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would wait for ever
+        raise RunFolderError(f"Expected the statistics of the run in {path}, found neither a file nor a folder; take it away.")
     return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-SECONDS, WALL = 10, 300  # of the processor's time, and of the clock on a busy machine (what waits for ever takes no processor)
+SECONDS, WALL = 10, 60  # of the processor's time, and of the clock on a busy machine (what waits for ever takes no processor)
 ROOM = 2**30  # bytes that a case may take
 LIMIT = 4 * ROOM  # and beyond which it is refused them
 
