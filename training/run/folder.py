@@ -9,14 +9,19 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from avdm2_nodes.files.sentences import one_line
 from training.run.config import DistillConfig, to_yaml, training_changes
 from training.run.reading import UnreadableError, parsed, read_json, read_text
 
+_LONGEST = 4000  # characters of a sentence; many settings may have changed
 _SPARE_BYTES = 64 * 2**20  # for the logs, samples and reports that nobody counts
 
 
 class RunFolderError(RuntimeError):
     """A run folder that cannot be used; the message is one sentence that names it."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(one_line(message, _LONGEST))
 
 
 class RunFolder:
