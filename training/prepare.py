@@ -64,7 +64,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--workers", type=between(0, 1024), default=os.cpu_count() or 1, metavar="N", help=workers_help)
     shard_help = "clips a shard, the most that an interruption loses (default: 64)"
     parser.add_argument("--shard-clips", type=between(1, 10**6), default=64, metavar="N", help=shard_help)
+    strict_help = "a clip or a caption that cannot be used is an error, not left out (as --data.strict true)"
+    parser.add_argument("--strict", action="store_true", help=strict_help)
     args, settings = parser.parse_known_args(argv)
+    if args.strict:
+        settings += ["--data.strict", "true"]
     if args.clips and not args.prompts:
         parser.error("--clips is for clips of the teacher: name their --prompts too, or leave it out")
     return args, settings
@@ -107,7 +111,9 @@ def prepare(args: argparse.Namespace, config: DistillConfig) -> None:
     named(skipped)
     left_out = sorted([*left_out, *skipped], key=lambda clip: clip.name)
     if not usable:
-        raise DataError(f"Expected clips that can be used, found {len(left_out)} that cannot, first: {left_out[0].reason}")
+        raise DataError(
+            f"Expected clips that can be used, found {len(left_out)} that cannot be used, first: {left_out[0].reason}"
+        )
     if not prompts and config.data.fps is None:
         tell_of_rates(Cache(args.out, space).rates)
     logger.info("%d clips are in %s, %s. Train on them with --data.folder %s", usable, args.out, counted(left_out), args.out)

@@ -1,5 +1,6 @@
 """What our nodes have put into a MODEL, as they tell each other; it travels with the MODEL and its clones."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,13 @@ from .motion import KEY
 
 class ModelError(SentenceError, ValueError):
     """A MODEL that a node cannot use; the message is one sentence."""
+
+
+def require_finite(**numbers: float) -> None:
+    """ModelError for NaN or an infinite number, which a page never sends and which ComfyUI lets through: the clip would be NaN."""
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ModelError(f"Expected a finite number for {name}, found {number}; set it anew.")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ..files.student import Student, read_student
 from ..files.student_info import ANY_BASE, StudentFileError
 from ..files.student_unet import positions
 from . import folders, native
-from .facts import Facts, ModelError, facts_of
+from .facts import Facts, ModelError, facts_of, require_finite
 from .motion import KEY, MotionWeights, network_of, with_motion
 from .progress import say
 from .prompt_graph import STACK, model_loaders
@@ -58,6 +58,7 @@ def load_teacher(checkpoint: str, motion: str, model: ModelPatcher | None = None
 
 def add_motion(model: ModelPatcher, motion: str, strength: float = 1.0, clips: int = 1) -> ModelPatcher:
     """A MODEL with a motion module, by the name that a person picked: a teacher, or plain AnimateDiff."""
+    require_finite(strength=strength)
     path = folders.module_file(motion)
     frames = stack_frames(folders.BUNDLED) if motion == folders.BUNDLED_NAME else ANIMATEDIFF_FRAMES
     return _with_teacher(model, motion_weights(path), checkpoint_of(model), path, frames, strength, clips)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..diffusion.samplers import Chain, boundary_scaling, draw_noise, kept_timesteps, student_timesteps
 from ..diffusion.schedules import VIDEO, trailing_timesteps
-from .facts import ModelError, facts_of, student_facts
+from .facts import ModelError, facts_of, require_finite, student_facts
 from .motion import KEY
 from .progress import say, with_moving_previews
 from .prompt_graph import step_loras
@@ -186,6 +186,7 @@ def student_latent(
     model, positive, latent: dict, seed: int, steps: int, denoise: float, cfg: float = 1.0, negative=None
 ) -> dict:
     """A student's clip in its own steps, the same that KSampler makes of it. Errors as `student_steps`."""
+    require_finite(cfg=cfg, denoise=denoise)
     sigmas, sampler = student_steps(model, steps, denoise)
     if cfg != 1.0 and negative is None:
         raise ModelError(f"Expected a negative prompt with cfg {cfg:g}, found none; wire one, or set cfg to 1.")
@@ -200,6 +201,7 @@ def teacher_latent(model, positive, negative, latent: dict, seed: int, steps: in
 
     ModelError where neither is there.
     """
+    require_finite(cfg=cfg, denoise=denoise)
     facts = facts_of(model)
     if facts is None:
         raise ModelError(

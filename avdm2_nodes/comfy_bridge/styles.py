@@ -22,7 +22,7 @@ from ..files.stack import load_image_unet
 from ..files.student_info import StyleUse
 from ..files.style import lora_change, read_style, require_student
 from . import folders, native
-from .facts import Change, ModelError, student_facts
+from .facts import Change, ModelError, require_finite, student_facts
 from .models import checkpoint_unet, with_weights
 from .motion import KEY, attention_options, computed_in
 
@@ -43,6 +43,7 @@ def with_style(
     A style file is put into its weights; an image model, by name or as a MODEL, guides its sampling or is transplanted. Errors of the
     rooms below, sentences all.
     """
+    require_finite(strength=strength)
     facts = student_facts(model)
     if style_model is None and (path := folders.style_files().get(style)):
         return with_style_file(model, path, strength)

@@ -1,6 +1,7 @@
 """How far a training is, by what it leaves in its folder, shown on the node that waits for it."""
 
 import json
+import math
 from pathlib import Path
 
 import comfy.model_management as management
@@ -50,7 +51,9 @@ def _stats(path: Path) -> list[dict]:
             figures = json.loads(line) if line.endswith("\n") else None
         except (ValueError, RecursionError):
             continue
-        if isinstance(figures, dict) and all(isinstance(figures.get(key), (int, float)) for key in ("update", "seconds")):
+        if isinstance(figures, dict) and all(
+            isinstance(figures.get(key), (int, float)) and math.isfinite(figures[key]) for key in ("update", "seconds")
+        ):
             found.append(figures)
     return found
 
@@ -59,13 +62,13 @@ def _total(path: Path) -> int | None:
     try:
         said = yaml.safe_load(_text(path))
         return int(said["run"]["updates"] + said["warmup"]["updates"])
-    except (yaml.YAMLError, TypeError, KeyError, ValueError, RecursionError):
+    except (yaml.YAMLError, TypeError, KeyError, ValueError, OverflowError, RecursionError):
         return None
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
+    try:  # a pipe would wait for ever
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     except OSError:
         return ""
 
@@ -97,5 +100,5 @@ def picture(sheet: Path) -> tuple | None:
     try:
         with Image.open(sheet) as image:
             return "PNG", image.convert("RGB"), SHOWN
-    except (OSError, SyntaxError, ValueError):  # SyntaxError is Pillow's for a broken PNG
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # SyntaxError is Pillow's for a broken PNG
         return None

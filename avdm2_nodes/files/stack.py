@@ -145,6 +145,11 @@ def load_stack(path: Path, motion: Path | None = None, with_motion: bool = True,
     return stack
 
 
+def _fits(longest: object, tokens: int, text) -> bool:
+    """Whether prompts up to `longest`, of so many tokens, are ones for a text encoder of these settings."""
+    return isinstance(longest, (int, float)) and longest <= text.max_position_embeddings and tokens <= text.vocab_size
+
+
 def _require_matching_parts(stack: Stack) -> None:
     """StackError unless the parts of a stack were made for one another, as far as their settings say."""
     unet, text, tokenizer, motion = stack.image_unet.config, stack.text_encoder.config, stack.tokenizer, stack.motion
@@ -158,12 +163,11 @@ def _require_matching_parts(stack: Stack) -> None:
     for setting in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
         _require_equal(stack, setting, None, unet.get(setting), ", as of another family than SD1.5")
     # Of a checkpoint in one file the tokenizer is CLIP's, checked for itself.
-    if stack.folder.is_dir() and (
-        len(tokenizer) > text.vocab_size or tokenizer.model_max_length > text.max_position_embeddings
-    ):
+    longest = tokenizer.model_max_length if stack.folder.is_dir() else None
+    if longest is not None and not _fits(longest, len(tokenizer), text):
         raise StackError(
             f"Expected a tokenizer for the text encoder in {stack.folder} ({text.vocab_size} tokens, prompts of "
-            f"{text.max_position_embeddings}), found one of {len(tokenizer)} tokens and prompts of {tokenizer.model_max_length}; "
+            f"{text.max_position_embeddings}), found one of {len(tokenizer)} tokens and prompts of {one_line(longest)}; "
             "choose a folder whose parts belong together."
         )
     if motion is None:

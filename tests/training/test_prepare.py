@@ -125,7 +125,7 @@ def test_strict_makes_them_an_error_here_and_in_training(stack, settings, videos
     good = tmp_path / "good"
     shutil.copytree(videos, good, ignore=shutil.ignore_patterns("*b.mp4"))
     with pytest.raises(DataError, match=r"2 skipped: 2 missing"):  # the table names them
-        run(tmp_path / "cache", settings(), "--workers", "0", "--data.folder", good, "--data.strict", "true")
+        run(tmp_path / "cache", settings(), "--workers", "0", "--data.folder", good, "--strict")
 
 
 def test_frames_beyond_the_positions_are_refused_before_anything_is_read(settings, prompts, tmp_path):

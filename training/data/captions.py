@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from avdm2_nodes.files.sentences import one_line
 from training.data import DataError
 from training.data.folders import files_below, same_name, twins
 from training.data.unusable import ENCODING
-from training.run.reading import UnreadableError, parsed, printable, read_text
+from training.run.reading import UnreadableError, parsed, printable, read_text, require_path
 
 TABLES = ("captions.csv", "captions.jsonl")
 _CSV = {"end of data": "a quote that is not closed", "expected after": "text after a closing quote"}  # the csv module's words
@@ -109,6 +110,12 @@ def read_table(folder: Path) -> dict[str, str]:
             raise DataError(
                 f"Expected a path inside {folder} in line {line} of {table}, found {name!r}; write it relative to that, with /."
             )
+        try:
+            require_path(folder / place)
+        except ValueError as error:
+            raise DataError(
+                f"Expected a file's name in line {line} of {table}, found {one_line(repr(name))}: {error}; correct it."
+            ) from error
         if str(place) in captions:
             raise DataError(f"Expected each file once in {table}, found {name!r} again in line {line}; remove one.")
         captions[str(place)] = caption_in(row)

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from avdm2_nodes.files.sentences import one_line
 from avdm2_nodes.files.stack import Stack
 from training.data.cache import Cache, is_cache, space_of
 from training.data.captions import cut_by
@@ -42,7 +43,7 @@ class Encoder:
         if cut := cut_by(self.stack.tokenizer, captions):
             log.warning(
                 "%d captions are longer than the text encoder takes (%d tokens): the rest of each is not seen. The first: %s",
-                len(cut), self.stack.tokenizer.model_max_length, cut[0],
+                len(cut), self.stack.tokenizer.model_max_length, one_line(cut[0]),
             )  # fmt: skip
         return cut
 

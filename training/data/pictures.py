@@ -11,7 +11,7 @@ from torch import Tensor
 from training.data import DataError
 from training.data.captions import captioned
 from training.data.sizes import cover
-from training.data.unusable import ENCODING, Unusable, counted, named, require_none, told
+from training.data.unusable import DAMAGED, ENCODING, MISSING, Unusable, counted, named, require_none, told
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _ORIENTATION = 0x0112  # EXIF's tag
@@ -19,6 +19,14 @@ _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+
+
+class PictureError(DataError):
+    """A picture that cannot be used; the message is one sentence that names it, `kind` what it is counted under."""
+
+    def __init__(self, message: str, kind: str = DAMAGED):
+        super().__init__(message)
+        self.kind = kind
 
 
 def read_pictures(folder: Path, height: int, width: int, strict: bool = False) -> tuple[Tensor, list[str]]:
@@ -32,8 +40,8 @@ def read_pictures(folder: Path, height: int, width: int, strict: bool = False) -
         try:
             pixels.append(read_image(path, height, width))
             captions.append(caption)
-        except DataError as error:
-            left_out.append(Unusable(path.relative_to(folder).as_posix(), str(error)))
+        except PictureError as error:
+            left_out.append(Unusable(path.relative_to(folder).as_posix(), str(error), error.kind))
     named(left_out)
     require_none(left_out, folder, strict)
     if not pixels:
@@ -65,15 +73,18 @@ def find_images(folder: Path) -> tuple[list[tuple[Path, str]], list[Unusable]]:
 def read_image(path: Path, height: int, width: int) -> Tensor:
     """(height, width, 3) uint8: turned as its EXIF says, on white where it is transparent, resized to cover, the centre cut out.
 
-    EXIF that cannot be read is passed over. DataError where it is no image, or its values are of no known range.
+    EXIF that cannot be read is passed over. PictureError where it is no image, or its values are of no known range.
     """
+    if not path.is_file():  # a pipe would wait for ever
+        found = "a folder" if path.is_dir() else "neither a file nor a folder" if path.exists() else "nothing"
+        raise PictureError(f"Expected an image at {path}, found {found}.", MISSING)
     try:
         with Image.open(path) as image:
             image.load()
             picture = _rgb(_turned(image))
     except Exception as error:  # of a damaged file: OSError, ValueError, SyntaxError, struct.error, ..., as its format has it
         cause = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"Expected an image at {path}, found: {cause}; mend it or take it out of the folder.") from error
+        raise PictureError(f"Expected an image at {path}, found: {cause}; mend it or take it out of the folder.") from error
     return cover(torch.from_numpy(np.array(picture))[None], height, width)[0]
 
 

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from avdm2_nodes.diffusion.unets import Predictor
 from avdm2_nodes.files.hashes import weights_hash
+from avdm2_nodes.files.sentences import one_line
 from avdm2_nodes.files.stack import Stack
 from training.data import DataError
 from training.data.clips import needs_clips, write_clips
@@ -54,8 +55,8 @@ def require_whole(cut: list[str], strict: bool) -> None:
     """DataError where data.strict is set and captions are longer than the text encoder takes."""
     if strict and cut:
         raise DataError(
-            f"Expected captions that the text encoder takes whole (data.strict), found {len(cut)} that are cut, first {cut[0]!r}; "
-            "shorten them, or set data.strict false."
+            f"Expected captions that the text encoder takes whole (data.strict), found {len(cut)} that are cut, "
+            f"first {one_line(cut[0])!r}; shorten them, or set data.strict false."
         )
 
 

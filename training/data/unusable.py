@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from avdm2_nodes.files.sentences import one_line
 from training.data import DataError
 
 log = logging.getLogger(__name__)
@@ -14,6 +15,8 @@ log = logging.getLogger(__name__)
 DAMAGED, MISSING, SHORT, NO_CAPTION, ENCODING, COLOURS = (
     "damaged", "missing", "too short", "without a caption", "with a caption that cannot be read", "in colours that are not read",
 )  # fmt: skip
+
+_LONGEST = 1500  # characters of a line in the log
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def counted(left_out: Sequence[Unusable]) -> str:
 def named(left_out: Sequence[Unusable]) -> None:
     """A line in the log for each."""
     for one in left_out:
-        log.warning("Skipped %s: %s", one.name, one.reason)
+        log.warning("Skipped %s: %s", one_line(one.name), one_line(one.reason, _LONGEST))
 
 
 def told(place: Path | str, used: int, what: str, left_out: Sequence[Unusable]) -> None:

@@ -144,6 +144,8 @@ def decode_video(
             f"after {next(counter)} frames); copy or export it again."
         ) from error
     decoded = next(counter)
+    if not decoded:
+        raise VideoError(f"Expected a video in {path}, found no frame that can be decoded; copy or export it again.")
     if len(kept) < frames:
         seconds = "" if fps is None else f" at {fps:g} frames a second"
         raise VideoError(
@@ -160,7 +162,7 @@ def _moving(container: "av.container.InputContainer", path: Path) -> "av.VideoSt
     """The first stream of moving pictures: covers and thumbnails are streams too, marked so, or of a single frame."""
     streams = container.streams.video
     if not streams:
-        raise VideoError(f"Expected a video in {path}, found no picture stream (sound only?).")
+        raise VideoError(f"Expected a video in {path}, found no picture stream (sound alone, or cut short).")
     kind = codec().stream.Disposition
     still = kind.attached_pic | kind.timed_thumbnails | kind.still_image
     moving = [stream for stream in streams if not stream.disposition & still]

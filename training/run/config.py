@@ -19,16 +19,21 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from avdm2_nodes.files.sentences import one_line
 from training.run.reading import require_path
 from training.run.wording import said, sentences
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "miniature"  # what commands take where no model is named
 STUDENT = MODEL / "student.safetensors"
+_LONGEST = 1500  # characters of a sentence about settings
 
 
 class ConfigError(ValueError):
     """Settings that cannot be used; the message has one sentence for each problem, each on a line of its own."""
+
+    def __init__(self, message: str = ""):
+        super().__init__("\n".join(one_line(line, _LONGEST) for line in message.split("\n")))
 
 
 def _absolute(path: Path) -> Path:
@@ -333,7 +338,8 @@ def parse_yaml(text: str, name: str) -> dict:
     try:
         values = _plain(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError of a number with thousands of digits, or a date that is none
-        raise ConfigError(f"Expected YAML in {name}, found: {' '.join(str(error).split())}; correct it.") from error
+        cause = " ".join(str(error).split()).partition("; use sys.")[0]  # advice for who writes Python
+        raise ConfigError(f"Expected YAML in {name}, found: {cause}; correct it.") from error
     except RecursionError as error:
         raise ConfigError(f"Expected YAML in {name}, found it nested too deep; correct it.") from error
     if values is None:

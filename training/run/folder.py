@@ -9,14 +9,19 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from avdm2_nodes.files.sentences import one_line
 from training.run.config import DistillConfig, to_yaml, training_changes
 from training.run.reading import UnreadableError, parsed, read_json, read_text
 
+_LONGEST = 4000  # characters of a sentence; many settings may have changed
 _SPARE_BYTES = 64 * 2**20  # for the logs, samples and reports that nobody counts
 
 
 class RunFolderError(RuntimeError):
     """A run folder that cannot be used; the message is one sentence that names it."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(one_line(message, _LONGEST))
 
 
 class RunFolder:
@@ -142,6 +147,8 @@ def told_of_disk(path: Path) -> Iterator[None]:
 
 
 def _lines(path: Path) -> list[str]:
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would wait for ever
+        raise RunFolderError(f"Expected the statistics of the run in {path}, found neither a file nor a folder; take it away.")
     return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
 
 

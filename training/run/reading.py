@@ -35,13 +35,13 @@ def decoded(data: bytes) -> str:
     """
     for mark, name in _MARKS.items():
         if data.startswith(mark):
-            raise UnreadableError(f"another encoding than UTF-8, {name}")
+            raise UnreadableError(f"another encoding than UTF-8 ({name})")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UnreadableError("another encoding than UTF-8") from error
     if "\0" in text or "\x1b" in text:
-        raise UnreadableError("another encoding than UTF-8" + (", such as UTF-16" if "\0" in text else ""))
+        raise UnreadableError("another encoding than UTF-8" + (" (such as UTF-16)" if "\0" in text else ""))
     return text
 
 

@@ -1,6 +1,7 @@
 """What a training's folder says meanwhile."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -48,13 +49,27 @@ def test_what_a_power_cut_leaves_says_nothing(room, tmp_path):
         '{"update": "x", "seconds": 1}',
         '{"update": 1}',
         "[" * 100_000,
+        '{"update": NaN, "seconds": 1}',
+        '{"update": 1, "seconds": 1e999}',
         json.dumps(good),
     ]
     (tmp_path / "stats.jsonl").write_bytes("\n".join([*lines, ""]).encode() + b"\xff\xfe\n\0\0\0")
     assert room.Look(tmp_path).lines == [good]
-    for content in (b"", b"5", b"run: 5", b"run: {updates: x}\nwarmup: {updates: 1}", b"[", b"\xff\xfe", b"a: " + b"[" * 3000):
+    for content in (
+        b"",
+        b"5",
+        b"run: 5",
+        b"run: {updates: x}\nwarmup: {updates: 1}",
+        b"[",
+        b"\xff\xfe",
+        b"a: " + b"[" * 3000,
+        b"run: {updates: .inf}\nwarmup: {updates: 1}",
+    ):
         (tmp_path / "config.yaml").write_bytes(content)
         assert room.Look(tmp_path).total is None, content
+    (tmp_path / "stats.jsonl").unlink()
+    os.mkfifo(tmp_path / "stats.jsonl")  # whoever opens it waits for ever
+    assert room.Look(tmp_path).lines == []
     (tmp_path / "stats.jsonl").unlink()
     (tmp_path / "stats.jsonl").mkdir()
     assert room.Look(tmp_path).lines == []

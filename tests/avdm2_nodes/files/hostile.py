@@ -339,7 +339,7 @@ def _pickle(rng, source: Path, folder: Path, marker: Path) -> tuple[str, Path]:
     elif what == 2:
         saved[name] = saved[name].to("meta")
     elif what == 3:
-        saved = {key: torch.zeros(1).expand(tensor.shape) for key, tensor in saved.items()}
+        saved = {key: torch.zeros(()).expand(tensor.shape) for key, tensor in saved.items()}
     elif what == 4:
         saved[name] = torch.zeros(1).expand(rng.choice([[10**8, 128], [32768, 32768], [2**40]]))
     elif what == 5:

@@ -6,7 +6,6 @@ FUZZ_SEED and FUZZ_CASES choose other cases, as in: FUZZ_SEED=3 FUZZ_CASES=500 p
 import os
 import shutil
 import traceback
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import is_style, read_style, require_student
 from avdm2_nodes.files.taesd import load_taesd_file
-from tests.avdm2_nodes.files.bounded import run_bounded
+from tests.avdm2_nodes.files.bounded import report, run_bounded
 from tests.avdm2_nodes.files.hostile import make_case, make_seeds
 from training import export
 
@@ -58,8 +57,11 @@ def readers(kind: str) -> tuple[list, list]:
         return made, student.tensors
 
     def exported(path, base):
-        if export.main(["--student", str(path), "--format", "animatediff", "--out", str(path.parent / "out")]) not in (0, 1):
-            raise AssertionError("another exit status")
+        try:
+            status = export.main(["--student", str(path), "--format", "animatediff", "--out", str(path.parent / "out")])
+        except SystemExit as error:  # of a path that no file can have, after its usage
+            status = 1 if error.code == 2 else error.code
+        assert status in (0, 1), "another exit status"
 
     def style(path, base):
         style = read_style(path)
@@ -194,12 +196,6 @@ def fuzzed(seed: int, count: int, seeds: dict, work: Path, base) -> dict:
     return dict(said)
 
 
-def report(said: dict) -> None:
-    violations = [f"case {number}: {words}" for number, words in said.items() if words.startswith("VIOLATION")]
-    print(f"\nseed {SEED}: {Counter(words.split(':')[0] for words in said.values())}")
-    assert not violations, "\n" + "\n".join(violations)
-
-
 @pytest.fixture(scope="module")
 def base(stack_folder, seeds):
     stack = load_stack(stack_folder)
@@ -219,16 +215,16 @@ def test_seeds_are_read(seeds, base):
 
 
 def test_a_few_cases(seeds, base, tmp_path, capsys):
-    said = fuzzed(SEED, 60, seeds, tmp_path, base)
+    said = fuzzed(SEED, 40, seeds, tmp_path, base)
     with capsys.disabled():
-        report(said)
+        report(f"seed {SEED}", said)
 
 
 @pytest.mark.slow
 def test_many_cases(seeds, base, tmp_path, capsys):
     said = fuzzed(SEED + 1, CASES, seeds, tmp_path, base)
     with capsys.disabled():
-        report(said)
+        report(f"seed {SEED + 1}", said)
 
 
 def test_what_leaves_its_bounds_is_told(tmp_path):
@@ -247,6 +243,9 @@ def test_what_leaves_its_bounds_is_told(tmp_path):
 
         return inner
 
-    said = dict(run_bounded(["fine", "memory", "crash", "loop", "fine too"], run, 2))
-    assert said["fine"] == said["fine too"] == "read"
-    assert "MB taken" in said["memory"] and "signal 11" in said["crash"] and "signal 27" in said["loop"]
+    said = dict(run_bounded(["fine", "memory", "crash", "loop", "fine too"], run, 2, seconds=6))
+    assert said["fine"].words == said["fine too"].words == "read" and said["memory"].taken > 2**30
+    for case, word in (("memory", "MB taken"), ("crash", "signal 11"), ("loop", "signal 27")):
+        assert word in said[case].words
+    with pytest.raises(AssertionError, match=r"(?s)(case (memory|crash|loop).*){3}"):
+        report("these", said)

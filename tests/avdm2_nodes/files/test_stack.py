@@ -236,7 +236,7 @@ def test_parts_of_unlike_models_are_refused_before_anything_runs(folder, make_im
 def test_a_tokenizer_of_longer_prompts_or_more_tokens_is_refused(folder):
     settings = folder / "tokenizer" / "tokenizer_config.json"
     said = json.loads(settings.read_text())
-    for length in (33, 10**30):
+    for length in (33, 10**30, [32], "thirty-two"):
         settings.write_text(json.dumps(said | {"model_max_length": length}))
         assert "prompts of 32), found one of" in refusal(folder)
 

@@ -85,6 +85,22 @@ def test_a_name_that_leaves_the_folder_is_refused(comfyui, load_student, saved, 
     assert set(comfyui.base.rglob("*")) == before
 
 
+@pytest.mark.parametrize("format", ["student file", ANIMATEDIFF])
+@pytest.mark.parametrize("name", ["n" * 250, "n" * 300, "n" * 6000, "n/" * 3000 + "x", "file/x", "a\0b", "\ud800"])
+def test_a_name_that_no_file_can_have_is_refused(comfyui, load_student, saved, model_folders, name, format):
+    places = [model_folders / kind / "file" for kind in ("avdm2", "animatediff_models", "loras")]
+    for place in places:
+        place.write_text("a file, no folder")
+    before = set(comfyui.base.rglob("*"))
+    try:
+        with pytest.raises(ValueError, match=r"^Expected .* found.*[;:] ") as caught:
+            saved(load_student("motion"), name, format)
+        assert "\n" not in str(caught.value) and set(comfyui.base.rglob("*")) == before
+    finally:
+        for place in places:
+            place.unlink()
+
+
 def test_a_name_that_is_taken_is_refused_and_its_file_untouched(student, saved, model_folders):
     file = model_folders / "avdm2" / "motion.safetensors"
     before = file.read_bytes()

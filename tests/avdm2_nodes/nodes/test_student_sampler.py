@@ -124,6 +124,8 @@ def test_joined_prompts_are_read(comfyui, loaded, sample, student_reference):
 def test_guidance_wants_a_negative_prompt(comfyui, loaded, sample, evaluations):
     with pytest.raises(ValueError, match=r"Expected a negative prompt with cfg 2, found none; wire one, or set cfg to 1"):
         sample(comfyui.empty(), cfg=2.0)
+    with pytest.raises(ValueError, match=r"Expected a finite number for cfg, found nan; set it anew"):
+        sample(comfyui.empty(), cfg=float("nan"), negative=comfyui.prompt(loaded.clip))
     assert not evaluations
     negative = comfyui.prompt(loaded.clip, "")
     assert torch.equal(sample(comfyui.empty(), negative=negative), sample(comfyui.empty())), "at cfg 1 it does nothing"

@@ -78,6 +78,14 @@ def test_an_unknown_style_is_refused_at_any_strength(comfyui, student, strength)
         comfyui.run("AVDM2StyleTransfer", student=student, style="gone.safetensors", strength=strength)
 
 
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_is_refused(comfyui, student, styled, write_style_file, strength):
+    learnt = write_style_file(comfyui.student_of(student), "learnt").name
+    for style in ((OTHER, strength), (OTHER, strength, TRANSPLANT), (learnt, strength)):
+        with pytest.raises(ValueError, match=r"^Expected a finite number for strength, found (nan|inf); set it anew\.$"):
+            styled(style)
+
+
 # ---- guidance ----
 
 

@@ -171,3 +171,12 @@ def test_captions_that_the_text_encoder_cuts(stack):
     most = stack.tokenizer.model_max_length
     fits, long = " ".join(["red"] * (most - 2)), " ".join(["red"] * (most - 1))
     assert cut_by(stack.tokenizer, ["a red circle", fits, long, long]) == [long]
+
+
+@pytest.mark.parametrize("name", ["n" * 300 + ".mp4", "n/" * 3000 + "a.mp4", "a\0.mp4"])
+@pytest.mark.parametrize("caption", ["a dog", ""])
+def test_names_that_no_file_can_have_are_refused_with_their_line(folder, name, caption):
+    (folder / "captions.jsonl").write_text("\n" + json.dumps({"file": name, "caption": caption}))
+    with pytest.raises(DataError, match=r"in line 2 of .*captions\.jsonl") as caught:
+        find_clips(folder)
+    assert len(str(caught.value)) < 600

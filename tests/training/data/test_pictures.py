@@ -1,6 +1,7 @@
 import csv
 import io
 import logging
+import os
 import struct
 
 import numpy as np
@@ -71,12 +72,20 @@ def test_a_damaged_picture_costs_itself_alone(folder, caplog):
     (folder / "captions.csv").write_text("file,caption\n1.png,one\ngone.png,lost\n")
     pixels, captions = read_pictures(folder, 16, 16)
     assert len(pixels) == 2 and captions == ["one", ""]
-    assert "Skipped 0.png: " in caplog.text and "Skipped gone.png: " in caplog.text
+    assert "Skipped 0.png: " in caplog.text and "Skipped gone.png: Expected an image at" in caplog.text
+    assert "2 skipped: 1 damaged, 1 missing" in caplog.text
     for name in ("1.png", "2.png"):
         (folder / name).write_bytes(b"")
     with pytest.raises(DataError, match=r"pictures that can be used .*4 skipped") as caught:
         read_pictures(folder, 16, 16)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_costs_itself_alone(folder, caplog):
+    os.mkfifo(folder / "pipe.png")  # whoever opens it waits for ever
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    assert len(read_pictures(folder, 16, 16)[0]) == 3
+    assert "pipe.png, found neither a file nor a folder" in caplog.text and "loop.jpg, found nothing" in caplog.text
 
 
 # ---- read ----

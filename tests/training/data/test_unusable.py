@@ -30,3 +30,8 @@ def test_strict_refuses_any():
     require_none([], "folder", strict=True)
     with pytest.raises(DataError, match=r"folder .*3 skipped.*first a\.mp4: It is torn; mend"):
         require_none(TWO, "folder", strict=True)
+
+
+def test_a_name_that_would_move_the_cursor_is_spelt_out(caplog):
+    named([Unusable("a\n\x1b[31m.mp4", "It is \x07 torn.")])
+    assert caplog.messages == ["Skipped a\\n\\x1b[31m.mp4: It is \\x07 torn."]

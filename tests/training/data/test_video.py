@@ -31,10 +31,10 @@ def video(tmp_path, clip):
     return path
 
 
-def encode(path, frames, **options):
+def encode(path, frames, codec="libx264", fmt="yuv420p", rate=8, **options):
     with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream("libx264", rate=8)
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream = container.add_stream(codec, rate=rate, options={"x265-params": "log-level=none"} if codec == "libx265" else {})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], fmt
         for array in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
         container.mux(stream.encode())
@@ -195,6 +195,52 @@ def test_truncated_file_with_its_index_in_front(tmp_path):
         (tmp_path / "cut.mp4").write_bytes(data[: int(len(data) * part)])
         with pytest.raises(VideoError, match=r"cut\.mp4"):
             read_video(tmp_path / "cut.mp4", 16)
+
+
+def test_a_file_of_which_no_frame_is_left_is_damaged_not_short(tmp_path, clip):
+    encode(tmp_path / "whole.mkv", clip, codec="ffv1")
+    data = (tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(
+        data[: data.index(b"\x1f\x43\xb6\x75") + 40]
+    )  # Matroska's first cluster, without its frames
+    with pytest.raises(VideoError, match=r"cut\.mkv.*copy or export it again") as caught:
+        read_video(tmp_path / "cut.mkv", 1)
+    assert caught.value.kind == "damaged"
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "fmt"),
+    [
+        ("a.webm", "libvpx-vp9", "yuv420p"),
+        ("a.webm", "libvpx", "yuv420p"),
+        ("a.webm", "libvpx-vp9", "yuva420p"),
+        ("a.avi", "mjpeg", "yuvj420p"),
+        ("a.mov", "mjpeg", "yuvj444p"),
+        ("a.avi", "mpeg4", "yuv420p"),
+        ("a.avi", "rawvideo", "bgr24"),
+        ("a.avi", "huffyuv", "yuv422p"),
+        ("a.avi", "wmv2", "yuv420p"),
+        ("a.mkv", "ffv1", "gbrp16le"),
+        ("a.mkv", "ffv1", "bgr0"),
+        ("a.mov", "prores_ks", "yuv422p10le"),
+        ("a.mov", "prores_ks", "yuva444p10le"),
+        ("a.mkv", "libx264", "yuv422p10le"),
+        ("a.mp4", "libx264", "yuv444p"),
+        ("a.mp4", "libx265", "yuv420p10le"),
+        ("a.mkv", "libsvtav1", "yuv420p10le"),
+    ],
+)
+def test_other_codecs_and_depths(tmp_path, name, codec, fmt):
+    """Red over grey, grey over blue: every codec that the library brings, alike up to its loss."""
+    if codec not in av.codecs_available:
+        pytest.skip(f"this FFmpeg has no {codec}")
+    want = np.full((4, 64, 96, 3), 128, np.uint8)
+    want[:, :32, :48], want[:, 32:, 48:] = (253, 0, 0), (0, 0, 254)
+    encode(tmp_path / name, want, codec=codec, fmt=fmt, rate=25)
+    got = read_video(tmp_path / name, 4)
+    for y in (16, 48):
+        for x in (24, 72):
+            assert np.abs(got[:, y, x].astype(int) - want[:, y, x]).max() < 8
 
 
 def test_too_short(video):

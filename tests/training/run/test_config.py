@@ -79,3 +79,9 @@ def test_paths_that_no_file_can_have_are_refused(path):
     with pytest.raises(ConfigError, match="expected a path of names up to 255 bytes"):
         from_yaml(f'data: {{folder: "{path}"}}')
     assert from_yaml(f'data: {{folder: "{"x" * 255}"}}').data.folder.name == "x" * 255
+
+
+def test_a_refusal_is_text_that_can_be_printed():
+    with pytest.raises(ConfigError) as caught:
+        from_yaml("run: {seed: 1}\nadm: {\ufeffbetas: 1, lr: [}")
+    assert all(line.isprintable() for line in str(caught.value).splitlines())

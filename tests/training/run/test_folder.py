@@ -197,6 +197,15 @@ def test_a_folder_in_the_place_of_the_stats_is_told(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_pipe_in_the_place_of_the_stats_is_told(tmp_path):
+    with RunFolder(tmp_path) as folder:
+        folder.start(CONFIG)
+    (tmp_path / "stats.jsonl").unlink()
+    os.mkfifo(tmp_path / "stats.jsonl")
+    with RunFolder(tmp_path) as folder, pytest.raises(RunFolderError, match="neither a file nor a folder"):
+        folder.start(CONFIG, 5)
+
+
 # ---- the clips that a run was begun with ----
 
 
