@@ -17,10 +17,11 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from avdm2_nodes.diffusion.layers import without_waste
 from avdm2_nodes.diffusion.precision import decoding_dtype, sampling_dtype
 from avdm2_nodes.diffusion.samplers import ddim_scheduler, draw_noise
 from avdm2_nodes.diffusion.schedules import VIDEO, trailing_timesteps
-from avdm2_nodes.diffusion.unets import video_predictor, without_waste
+from avdm2_nodes.diffusion.unets import video_predictor
 from avdm2_nodes.files.stack import Stack, decode_clips, load_stack
 from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.student_unet import student_unet
@@ -153,7 +154,7 @@ def sd15(device: torch.device, frames: int, side: int, steps: Sequence[int] = (S
     with torch.device("meta"):
         unet, vae, taesd = UNetMotionModel(**SD15_UNET), AutoencoderKL(**SD15_VAE), AutoencoderTiny()
     unet = without_waste(random_weights(unet, device, sampling_dtype(device)))
-    vae, taesd = (random_weights(network, device, decoding_dtype(device)) for network in (vae, taesd))
+    vae, taesd = (random_weights(network, device, decoding_dtype(device)) for network in (without_waste(vae), taesd))
     text, empty = torch.randn(2, TOKENS, 768, generator=torch.Generator().manual_seed(0)).to(device).split(1)
     return Subject("SD1.5", unet, unet, vae, taesd, text, empty, frames, side, *steps)
 
