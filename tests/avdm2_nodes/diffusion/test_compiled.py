@@ -74,10 +74,7 @@ def test_each_kind_of_layer_is_compiled_once_for_all_prompts_seeds_and_frame_cou
 def test_inductor_predicts_the_same(unet):
     plain, fast = video_predictor(copy.deepcopy(unet)), video_predictor(compile_layers(unet))
     for frames in (4, 6):
-        x_t, text = drawn(frames)
-        torch.testing.assert_close(
-            fast(x_t, torch.tensor([700]), text), plain(x_t, torch.tensor([700]), text), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(fast(*drawn(frames)), plain(*drawn(frames)), rtol=1e-4, atol=1e-4)
 
 
 class Tape:
