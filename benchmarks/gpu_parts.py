@@ -11,9 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 
 import torch
@@ -36,7 +36,6 @@ from training.run.timing import interleaved, matmul_ceiling, peak_bytes, timed
 
 CONFIGS = ROOT / "training" / "configs"
 CARD_24 = int(23.5 * 2**30)  # bytes that are free on a card of 24 GB
-CLIPS = 4  # of a batch: each at another step of the student's chain, so that one update is the mean
 
 
 @dataclass
@@ -66,9 +65,10 @@ class Size:
     side: int  # pixels
     teacher_steps: int
     repetitions: int
+    clips: int  # of a batch in training; four are at each step of the student's chain, so that one update is the mean
 
 
-FULL = Size(SD15, V3, SD15_VAE, 16, 512, 25, 5)
+FULL = Size(SD15, V3, SD15_VAE, frames=16, side=512, teacher_steps=25, repetitions=5, clips=4)
 _WIDTHS = {"block_out_channels": (32,) * 4}
 SMALL = Size(
     SD15 | _WIDTHS | {"layers_per_block": 1, "cross_attention_dim": 32, "sample_size": 8},
@@ -78,6 +78,7 @@ SMALL = Size(
     side=64,
     teacher_steps=2,
     repetitions=1,
+    clips=1,
 )
 
 
@@ -87,7 +88,7 @@ class Session:
 
     device: torch.device
     size: Size
-    plans: dict[str, Future] = field(default_factory=dict)  # by configuration, made beside the first parts
+    plans: dict[str, AsyncResult] = field(default_factory=dict)  # by configuration, made beside the first parts
     ceilings: dict[torch.dtype, float] = field(default_factory=dict)
     kernels: dict[str, Kernels] = field(default_factory=dict)
 
@@ -286,7 +287,7 @@ def _config(file: str, size: Size, *options: str):
     from training.run.command_line import load_config
 
     shape = "--data.frames", str(size.frames), "--data.height", str(size.side), "--data.width", str(size.side)
-    return load_config(["--config", str(CONFIGS / file), "--run.batch", str(CLIPS), *shape, *options])
+    return load_config(["--config", str(CONFIGS / file), "--run.batch", str(size.clips), *shape, *options])
 
 
 def training(name: str, file: str) -> Callable[[Session], Iterator[Row]]:
@@ -300,7 +301,7 @@ def training(name: str, file: str) -> Callable[[Session], Iterator[Row]]:
 
         session.free()
         device, size = session.device, session.size
-        options, plan = session.plans[name].result()
+        options, plan = session.plans[name].get()
         config = _config(file, size, *options)
         half = uses_bf16(device, config.run.precision)
         stack = random_stack(size.unet, size.motion, device)
@@ -328,13 +329,16 @@ def training(name: str, file: str) -> Callable[[Session], Iterator[Row]]:
                 torch.cuda.reset_peak_memory_stats()
             seconds, _ = timed(update, device)
             peak = session.peak()
-            kernels = kernels_of(update, device)
-            session.kernels[f"an update, {name}, {phase}"] = kernels
-            yield Row(
-                name, phase, seconds / CLIPS, operations.count / CLIPS, session.ceiling(dtype),
-                launches.counts.total() / CLIPS, kernels.seconds / CLIPS, peak, plan,
-                f"{part}; {casts(launches.counts) / CLIPS:.0f} casts, {kernels.count / CLIPS:.0f} kernels a clip",
+            note = f"{part}; {casts(launches.counts) / size.clips:.0f} casts a clip"
+            row = Row(
+                name, phase, seconds / size.clips, operations.count / size.clips, session.ceiling(dtype),
+                launches.counts.total() / size.clips, peak=peak, planned=plan, note=note,
             )  # fmt: skip
+            if device.type == "cuda":  # a CPU's profile takes minutes
+                kernels = session.kernels[f"an update, {name}, {phase}"] = kernels_of(update, device)
+                row.kernel_seconds = kernels.seconds / size.clips
+                row.note += f", {kernels.count / size.clips:.0f} kernels"
+            yield row
 
     return part
 

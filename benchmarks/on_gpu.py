@@ -25,7 +25,6 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 
@@ -48,13 +47,13 @@ CONFIGURATIONS = {  # name: its file, and the bytes that it is fitted into, None
     "sd15.yaml": ("sd15.yaml", None),
     "sd15_24gb.yaml on 24 GB": ("sd15_24gb.yaml", CARD_24),
 }
-# name: (function, seconds that it may take, seconds that are kept for it); the first are those that decide most
+# name: (function, seconds that it may take, seconds that are kept for it); memory plans are made beside those before training
 PARTS: dict[str, tuple[Callable[[Session], Iterator[Row]], int, int]] = {
     "ceilings": (gpu_parts.ceilings, 15, 5),
     "sampling": (gpu_parts.sampling, 45, 25),
     "an evaluation": (gpu_parts.profiled, 15, 5),
-    **{name: (gpu_parts.training(name, file), 50, 25) for name, (file, _) in CONFIGURATIONS.items()},
     "compiled": (gpu_parts.compiled, 60, 30),
+    **{name: (gpu_parts.training(name, file), 50, 25) for name, (file, _) in CONFIGURATIONS.items()},
     "decoders": (gpu_parts.decoders, 45, 10),
     "miniature": (gpu_parts.miniature, 75, 45),
 }
@@ -94,13 +93,12 @@ def about(session: Session) -> dict[str, str]:
 @contextlib.contextmanager
 def planning(session: Session, names: list[str]) -> Iterator[None]:
     """Makes the memory plans of configurations in processes beside the first parts."""
-    with ProcessPoolExecutor(max(1, len(names)), multiprocessing.get_context("spawn")) as pool:
+    with multiprocessing.get_context("spawn").Pool(len(names) or 1) as pool:  # ends its processes with the block
         for name in names:
             file, memory = CONFIGURATIONS[name]
             memory = memory or free_bytes(session.device)
-            session.plans[name] = pool.submit(gpu_parts.planned, file, memory, session.size)
+            session.plans[name] = pool.apply_async(gpu_parts.planned, (file, memory, session.size))
         yield
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def measure(session: Session, names: list[str], seconds: float, report: Callable) -> list[Row]:
