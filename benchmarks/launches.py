@@ -12,6 +12,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository in place of this folder: runs from anywhere
 
 import argparse
+from collections.abc import Iterator
 
 import torch
 
@@ -36,15 +37,15 @@ def main(argv: list[str] | None = None) -> None:
         "files", nargs="*", type=Path, default=default, metavar="FILE", help="configurations of training/distill.py"
     )
     torch.set_num_threads(1)
-    rows = [row for file in parser.parse_args(argv).files for row in counted(file)]
-    head = ["configuration", "phase", "clips a part", "launches a clip", "casts a clip"]
-    print(table(head, rows))
+    print(table(["configuration", "phase", "clips a part", "launches a clip", "casts a clip"], []))
+    for file in parser.parse_args(argv).files:
+        for row in counted(file):  # some seconds each
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
-def counted(file: Path) -> list[list[str]]:
+def counted(file: Path) -> Iterator[list[str]]:
     """A row for each phase and size of a part."""
-    rows = []
-    for clips in (1, 4):
+    for clips in (4, 1):
         settings = [word for key, value in ({"run.batch": clips} | SETTINGS).items() for word in (f"--{key}", str(value))]
         config = load_config(["--config", str(file), *settings])
         run, data = narrow_distillation(config), Noise(FRAMES)
@@ -52,8 +53,7 @@ def counted(file: Path) -> list[list[str]]:
             counts = count_update(run, data, step)
             words = ("SDM" + phase.adm * " and ADM") if phase.matching else "warm-up" + phase.critics * " with critics"
             numbers = counts.total() / clips, casts(counts) / clips
-            rows.append([file.name, words, str(clips), *(f"{n:,.0f}" for n in numbers)])
-    return rows
+            yield [file.name, words, str(clips), *(f"{n:,.0f}" for n in numbers)]
 
 
 def first_of_each(config: DistillConfig) -> dict[Phase, int]:
