@@ -171,11 +171,9 @@ def sampling(session: Session) -> Iterator[Row]:
     times = interleaved({name: contenders[name] for name in quick}, session.size.repetitions, session.device)
     for name in quick:
         yield _sampled(session, name, statistics.median(times[name].wall))
-    subject.teacher_steps, steps = 1, subject.teacher_steps
-    subject.sampled("teacher")
-    subject.teacher_steps = steps
-    for name in ("teacher", *({"diffusers, teacher"} & contenders.keys())):
-        yield _sampled(session, name, timed(contenders[name], session.device)[0])
+    yield _sampled(session, "teacher", _teacher_seconds(session, contenders["teacher"]))
+    if subject.whole:
+        yield _sampled(session, "diffusers, teacher", timed(contenders["diffusers, teacher"], session.device)[0])
 
 
 def _sampled(session: Session, name: str, seconds: float, note: str = "") -> Row:
@@ -197,31 +195,47 @@ def compiled(session: Session) -> Iterator[Row]:
         difference = (session.evaluation(predict) - expected).abs().max() / expected.std()
         return f"largest difference {difference:.1e} of the deviation"
 
-    def rows(name: str, predict: Predictor, teacher: bool = False) -> Iterator[Row]:
+    def row(name: str, predict: Predictor) -> Row:
         session.student_clip(predict)
         run = {name: lambda: session.student_clip(predict)}
         seconds = interleaved(run, session.size.repetitions, device)[name].median
-        yield _sampled(session, f"student, {name}", seconds, told(predict))
-        if teacher:
-            session.evaluation(predict)
-            subject_steps = subject.teacher_steps
-            subject.teacher_steps = 1
-            session.teacher_clip(predict)
-            subject.teacher_steps = subject_steps
-            yield _sampled(session, f"teacher, {name}", timed(lambda: session.teacher_clip(predict), device)[0])
+        return _sampled(session, f"student, {name}", seconds, told(predict))
 
     if cuda:
-        yield from rows("recorded", recorded(plain))
+        yield row("recorded", recorded(plain))
     with tempfile.TemporaryDirectory() as cache, _environment(TORCHINDUCTOR_CACHE_DIR=cache):
-        backend = "inductor" if session.size is FULL else "eager"  # on a CPU a compiler of C++ would take minutes
-        predict = video_predictor(compile_layers(unet, backend))
+        predict = video_predictor(compile_layers(unet, _backend(session)))
         for name in ("the first clip, compiled from nothing", "the first clip, compiled from the cache on disk"):
             torch._dynamo.reset()
             seconds, _ = timed(lambda: session.student_clip(predict), device)
-            yield Row("compiled", name, seconds)
-        yield from rows("compiled", predict, teacher=True)
+            yield Row("compiled", name, seconds, note="within one process")
+        yield row("compiled", predict)
         if cuda:
-            yield from rows("compiled and recorded", recorded(predict), teacher=True)
+            yield row("compiled and recorded", recorded(predict))
+
+
+def teacher_compiled(session: Session) -> Iterator[Row]:
+    """The teacher's batch of two, which is compiled anew."""
+    predict = video_predictor(compile_layers(session.subject.teacher, _backend(session)))
+    yield _sampled(session, "teacher, compiled", _teacher_seconds(session, lambda: session.teacher_clip(predict)))
+    if session.device.type == "cuda":
+        predict = recorded(predict)
+        yield _sampled(
+            session, "teacher, compiled and recorded", _teacher_seconds(session, lambda: session.teacher_clip(predict))
+        )
+
+
+def _teacher_seconds(session: Session, clip: Callable[[], Tensor]) -> float:
+    """Of one clip, after one step of another, which compiles and warms up."""
+    subject, steps = session.subject, session.subject.teacher_steps
+    subject.teacher_steps = 1
+    clip()
+    subject.teacher_steps = steps
+    return timed(clip, session.device)[0]
+
+
+def _backend(session: Session) -> str:
+    return "inductor" if session.size is FULL else "eager"  # on a CPU a compiler of C++ would take minutes
 
 
 @contextlib.contextmanager

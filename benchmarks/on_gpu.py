@@ -56,6 +56,7 @@ PARTS: dict[str, tuple[Callable[[Session], Iterator[Row]], int, int]] = {
     **{name: (gpu_parts.training(name, file), 50, 25) for name, (file, _) in CONFIGURATIONS.items()},
     "decoders": (gpu_parts.decoders, 45, 10),
     "miniature": (gpu_parts.miniature, 75, 45),
+    "the teacher, compiled": (gpu_parts.teacher_compiled, 75, 1),
 }
 SECONDS = 285  # of all, with the imports before it five minutes
 
