@@ -3,7 +3,8 @@
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNetMotionModel
 
-from avdm2_nodes.diffusion.unets import guided, video_predictor, without_waste
+from avdm2_nodes.diffusion.layers import without_waste
+from avdm2_nodes.diffusion.unets import guided, video_predictor
 from training.cost.operations import SD15, TOKENS, V3, operations
 
 SD15_UNET = SD15 | V3  # of diffusers' UNetMotionModel

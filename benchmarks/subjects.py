@@ -17,16 +17,17 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from avdm2_nodes.diffusion.layers import without_waste
 from avdm2_nodes.diffusion.precision import decoding_dtype, sampling_dtype
 from avdm2_nodes.diffusion.samplers import ddim_scheduler, draw_noise
 from avdm2_nodes.diffusion.schedules import VIDEO, trailing_timesteps
-from avdm2_nodes.diffusion.unets import video_predictor, without_waste
+from avdm2_nodes.diffusion.unets import video_predictor
 from avdm2_nodes.files.stack import Stack, decode_clips, load_stack
 from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.student_unet import student_unet
 from benchmarks import nodes
 from benchmarks.cost import SD15_UNET, SD15_VAE, STUDENT_STEPS, TEACHER_STEPS
-from training.cost.operations import TOKENS
+from training.cost.operations import SD15, TOKENS, V3
 from training.evaluation.sampling import student_sampler, teacher_sampler
 
 GUIDANCE = 3.0
@@ -148,21 +149,32 @@ def miniature(folder: Path, device: torch.device) -> Subject:
     return Subject("miniature", *unets, stack.vae, None, text, empty, student.info.frames, student.info.height)
 
 
-def sd15(device: torch.device, frames: int, side: int, steps: Sequence[int] = (STUDENT_STEPS, TEACHER_STEPS)) -> Subject:
-    """SD1.5 with AnimateDiff v3's shape and random weights; the student has the teacher's. `steps` of student and teacher."""
+def sd15(
+    device: torch.device,
+    frames: int,
+    side: int,
+    steps: Sequence[int] = (STUDENT_STEPS, TEACHER_STEPS),
+    unet: dict = SD15_UNET,
+    vae: dict = SD15_VAE,
+) -> Subject:
+    """SD1.5 with AnimateDiff v3's shape and random weights; the student has the teacher's. `steps` of student and teacher.
+
+    `unet` and `vae` are the settings of other shapes.
+    """
     with torch.device("meta"):
-        unet, vae, taesd = UNetMotionModel(**SD15_UNET), AutoencoderKL(**SD15_VAE), AutoencoderTiny()
+        unet, vae, taesd = UNetMotionModel(**unet), AutoencoderKL(**vae), AutoencoderTiny()
     unet = without_waste(random_weights(unet, device, sampling_dtype(device)))
-    vae, taesd = (random_weights(network, device, decoding_dtype(device)) for network in (vae, taesd))
-    text, empty = torch.randn(2, TOKENS, 768, generator=torch.Generator().manual_seed(0)).to(device).split(1)
+    vae, taesd = (random_weights(network, device, decoding_dtype(device)) for network in (without_waste(vae), taesd))
+    width = unet.config.cross_attention_dim
+    text, empty = torch.randn(2, TOKENS, width, generator=torch.Generator().manual_seed(0)).to(device).split(1)
     return Subject("SD1.5", unet, unet, vae, taesd, text, empty, frames, side, *steps)
 
 
-def random_stack() -> Stack:
-    """The UNet and motion modules of SD1.5's shape in float32 on the CPU, for training; nothing else."""
+def random_stack(unet: dict = SD15, motion: dict = V3, device: torch.device | str = "cpu") -> Stack:
+    """The UNet and motion modules of SD1.5's shape, or of these settings, in float32, for training; nothing else."""
     with torch.device("meta"):
-        parts = UNet2DConditionModel(sample_size=64, cross_attention_dim=768), MotionAdapter(use_motion_mid_block=False)
-    unet, motion = (random_weights(part, torch.device("cpu"), torch.float32) for part in parts)
+        parts = UNet2DConditionModel(**unet), MotionAdapter(**motion)
+    unet, motion = (random_weights(part, torch.device(device), torch.float32) for part in parts)
     return Stack(Path("random"), None, None, None, unet, motion)
 
 

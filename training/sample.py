@@ -11,6 +11,7 @@ if __name__ == "__main__":
     entry.begin()
 
 import argparse
+import os
 
 import torch
 from tqdm import tqdm
@@ -98,11 +99,12 @@ def sample(args: argparse.Namespace) -> None:
         style_guide(style, stack.image_unet, stack.encode_text([""]), strength, i)
         for i, (style, strength) in enumerate(guiding)
     ]
-    backend = "inductor" if args.compile else None
+    if args.compile:
+        keep_compiled()
     sampler = (
-        teacher_sampler(unet, stack.encode_text([""]), steps, guidance, window, backend)
+        teacher_sampler(unet, stack.encode_text([""]), steps, guidance, window, args.compile)
         if args.teacher
-        else student_sampler(unet, timesteps, window, info.chain, backend, guides)
+        else student_sampler(unet, timesteps, window, info.chain, args.compile, guides)
     )
     with tqdm(total=steps * len(outs), unit="step", desc="teacher" if args.teacher else "student") as bar:
         for prompt, out in zip(args.prompt, outs, strict=True):
@@ -111,6 +113,12 @@ def sample(args: argparse.Namespace) -> None:
             )
             write_video(out, clip[0].numpy(), args.fps)
             tqdm.write(str(out))
+
+
+def keep_compiled() -> None:
+    """What is compiled is kept between runs, in a folder of this user's own, unless torch was told of another."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "avdm2" / "compiled"))
 
 
 def numbered(out: Path, count: int) -> list[Path]:
@@ -166,7 +174,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=between(8, 8192), help="pixels (default: the model's)")
     taesd_help = "decode by TAESD's decoder (taesd_decoder.safetensors): fast, with less detail; of SD1.5 and its students"
     parser.add_argument("--taesd", type=console.path, metavar="FILE", help=taesd_help)
-    compile_help = "compile the UNet first: takes minutes, once for all prompts; needs a C++ compiler, or Triton on a GPU"
+    compile_help = (
+        "compile the UNet's layers first, once for all prompts, and keep what is made for later runs; needs a C++ compiler, or "
+        "Triton on a GPU"
+    )
     parser.add_argument("--compile", action="store_true", help=compile_help)
     args = parser.parse_args(argv)
     if args.guidance is not None and not args.teacher:

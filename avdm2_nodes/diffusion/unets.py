@@ -5,21 +5,16 @@ images, timesteps (B,) or (), text embeddings (B, L, D), and the predicted noise
 """
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .layers import without_waste
 from .schedules import classifier_free_guidance
 
 Predictor = Callable[[Tensor, Tensor, Tensor], Tensor]
-Unet = TypeVar("Unet", UNetMotionModel, UNet2DConditionModel)
 
 
 def zero_motion(motion: MotionAdapter) -> MotionAdapter:
@@ -59,81 +54,11 @@ def require_matching_motion(image_unet: UNet2DConditionModel, motion: MotionAdap
         )
 
 
-class OneTextAClip(AttnProcessor2_0):
-    """Attention of SD1.5's layers, in which B * F frames may read B texts, and whose output is not divided by 1.
-
-    In cross-attention a clip's frames are one long row of queries; keys and values are made once a clip.
-    """
-
-    def __call__(
-        self, attn, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask=None, *args, **kwargs
-    ) -> Tensor:
-        if attention_mask is not None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
-        read = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        rows = attn.to_q(hidden_states), attn.to_k(read), attn.to_v(read)
-        query, key, value = (x.view(len(read), -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2) for x in rows)
-        made = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows[0].shape)
-        return attn.to_out[1](attn.to_out[0](made))
-
-
-class Residual(ResnetBlock2D):
-    """A residual layer of SD1.5, whose output is not divided by 1."""
-
-    def forward(self, input_tensor: Tensor, temb: Tensor, *args, **kwargs) -> Tensor:
-        hidden = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
-        hidden = hidden + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
-        hidden = self.conv2(self.dropout(self.nonlinearity(self.norm2(hidden))))
-        return (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)) + hidden
-
-
-def without_waste(unet: Unet) -> Unet:
-    """The same video or image UNet, made to do less for the same numbers.
-
-    It reads B rows of text in place of B * F, divides nothing by 1 and multiplies motion modules' inputs as one matrix. As diffusers
-    has it, `proj_in` of a motion module gets, of a single clip, a view that torch cannot see as one matrix; a frozen one then
-    multiplies place by place with as many copies of its weight: on a CPU a fifth of an evaluation of SD1.5.
-    """
-    for module in unet.modules():
-        if isinstance(module, AnimateDiffTransformer3D):
-            module.proj_in.register_forward_pre_hook(_contiguous, with_kwargs=True)
-        elif isinstance(module, Attention) and _is_plain_attention(module):
-            module.set_processor(OneTextAClip())
-        elif type(module) is ResnetBlock2D and _is_plain_residual(module):
-            module.__class__ = Residual
-    return unet
-
-
-def _is_plain_attention(attn: Attention) -> bool:
-    norms = attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k
-    return not any(norms) and not attn.residual_connection and attn.rescale_output_factor == 1
-
-
-def _is_plain_residual(layer: ResnetBlock2D) -> bool:
-    others = layer.upsample, layer.downsample, layer.skip_time_act
-    plain = layer.output_scale_factor == 1 and layer.time_embedding_norm == "default" and layer.time_emb_proj is not None
-    return plain and not any(others)
-
-
-def _contiguous(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """A hook before a module's forward."""
-    return tuple(x.contiguous() for x in args), {name: x.contiguous() for name, x in kwargs.items()}
-
-
-def video_predictor(unet: UNetMotionModel, backend: str | Callable | None = None) -> Predictor:
-    """eps(x_t (B, C, F, h, w), t, text (B, L, D)) by a video UNet `without_waste`; every frame reads the same text.
-
-    With a `backend` of torch.compile it is compiled at its first evaluation, once for all prompts, seeds and numbers of frames from
-    two; another batch or size is compiled anew.
-    """
-    network = unet if backend is None else torch.compile(unet, backend=backend)
+def video_predictor(unet: UNetMotionModel) -> Predictor:
+    """eps(x_t (B, C, F, h, w), t, text (B, L, D)) by a video UNet `without_waste`; every frame reads the same text."""
 
     def eps(x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        x_t, text = x_t.to(_dtype(unet)), text.to(_dtype(unet))
-        if backend is not None:
-            torch._dynamo.maybe_mark_dynamic(x_t, 2)
-            torch._dynamo.maybe_mark_dynamic(text, 1)
-        return network(x_t, t, text, return_dict=False)[0].float()
+        return unet(x_t.to(_dtype(unet)), t, text.to(_dtype(unet)), return_dict=False)[0].float()
 
     return eps
 

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..diffusion.layers import without_waste
 from ..diffusion.unets import require_matching_motion, video_unet
 from ..diffusion.windows import ANIMATEDIFF_FRAMES
 from .bounds import immodest
@@ -97,12 +98,18 @@ def frames_at_once(vae, height: int, width: int, room: int = VAE_ROOM) -> int:
     return max(1, min(_VAE_FRAMES, room // frame))
 
 
+def _equally(frames: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Parts of `most` frames at most, as few and as equal as can be: 16 by at most 5 are four of 4, and no single one is left."""
+    return frames.chunk(-(-len(frames) // most))
+
+
 @torch.no_grad()
 def encode_clips(vae, frames: Tensor, batch: int | None = None) -> Tensor:
-    """(B, F, H, W, 3) uint8 -> clips in model space (B, C, F, h, w) float32, `batch` frames at a time (else `frames_at_once`)."""
+    """(B, F, H, W, 3) uint8 -> clips in model space (B, C, F, h, w) float32, at most `batch` frames at a time, else `frames_at_once`."""
     weight = next(vae.parameters())
     parts = []
-    for images in rearrange(frames, "b f h w c -> (b f) c h w").split(batch or frames_at_once(vae, *frames.shape[2:4])):
+    pictures = rearrange(frames, "b f h w c -> (b f) c h w")
+    for images in _equally(pictures, batch or frames_at_once(vae, *frames.shape[2:4])):
         encoded = vae.encode((images.to(weight.device).float() / 127.5 - 1).to(weight.dtype))
         parts.append((encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()).float())
     return rearrange(torch.cat(parts).mul(vae.config.scaling_factor), "(b f) c h w -> b c f h w", f=frames.shape[1])
@@ -110,11 +117,11 @@ def encode_clips(vae, frames: Tensor, batch: int | None = None) -> Tensor:
 
 @torch.no_grad()
 def decode_clips(vae, clips: Tensor, batch: int | None = None) -> Tensor:
-    """Clips in model space (B, C, F, h, w) -> (B, F, H, W, 3) uint8 on the CPU, `batch` frames at a time (else `frames_at_once`)."""
+    """Clips in model space (B, C, F, h, w) -> (B, F, H, W, 3) uint8 on the CPU; `batch` as above."""
     weight, factor = next(vae.parameters()), 2 ** (len(vae.config.block_out_channels) - 1)
     latents = rearrange(clips, "b c f h w -> (b f) c h w") / vae.config.scaling_factor
     parts = []
-    for part in latents.split(batch or frames_at_once(vae, factor * clips.shape[3], factor * clips.shape[4])):
+    for part in _equally(latents, batch or frames_at_once(vae, factor * clips.shape[3], factor * clips.shape[4])):
         pixels = vae.decode(part.to(weight.device, weight.dtype)).sample.float()
         parts.append(pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
     return rearrange(torch.cat(parts), "(b f) c h w -> b f h w c", f=clips.shape[2])
@@ -140,7 +147,7 @@ def load_stack(path: Path, motion: Path | None = None, with_motion: bool = True,
         unet = load_image_unet(path / "unet")
     adapter = load_motion(motion or path / "motion_adapter") if with_motion else None
     facts = _facts(path / "stack.json")
-    stack = Stack(path, tokenizer, text_encoder, vae, unet, adapter, facts)
+    stack = Stack(path, tokenizer, text_encoder, without_waste(vae), unet, adapter, facts)
     _require_matching_parts(stack)
     return stack
 

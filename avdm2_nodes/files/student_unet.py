@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel, UNetMotionModel
 from diffusers.models.embeddings import SinusoidalPositionalEmbedding
 from torch import Tensor
 
-from ..diffusion.unets import without_waste
+from ..diffusion.layers import without_waste
 from .architecture import meta_unet, require_architecture
 from .hashes import weights_hash
 from .lora import lora_pairs, lora_product

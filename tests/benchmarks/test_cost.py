@@ -1,7 +1,7 @@
 import torch
 from diffusers import AutoencoderTiny, UNetMotionModel
 
-from avdm2_nodes.diffusion.unets import without_waste
+from avdm2_nodes.diffusion.layers import without_waste
 from benchmarks.cost import decoder_operations, sd15_table, unet_operations
 
 WIDTHS, TEXT = (8, 16), 12

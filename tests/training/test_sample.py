@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderTiny, MotionAdapter, UNet2DConditionModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
+from avdm2_nodes.diffusion.layers import MotionLayer, Residual
 from avdm2_nodes.diffusion.samplers import draw_noise, sample_student
 from avdm2_nodes.diffusion.unets import video_predictor
 from avdm2_nodes.files.containers import write_tensors
@@ -78,10 +80,14 @@ def test_taesd_decodes_and_the_unet_may_be_compiled(command, tmp_path, monkeypat
     frames = read_video(tmp_path / "clip.mp4", 3)
     assert command() == 0
     assert (read_video(tmp_path / "clip.mp4", 3) != frames).any()
-    backends = []
-    monkeypatch.setattr(torch, "compile", lambda unet, backend: backends.append(backend) or unet)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, backend, dynamic: compiled.append((function, backend)) or function)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     assert command("--compile") == command("--compile", "--teacher", "--steps", "1", student=None) == 0
-    assert backends == ["inductor", "inductor"]
+    kinds = [Residual.forward, Transformer2DModel.forward, MotionLayer.over_time]
+    assert compiled == 2 * [(kind, "inductor") for kind in kinds]
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "caches" / "avdm2" / "compiled")
 
 
 def test_other_steps_and_sizes_and_a_partial_student(command, tmp_path):

@@ -48,7 +48,7 @@ class Launches(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in _PRODUCTS and args[0].dtype == torch.bfloat16:
+        if function in _PRODUCTS and args[0].dtype == torch.bfloat16 and args[0].is_cpu:
             made = _in_float32(function, args)
         else:
             made = function(*args, **(kwargs or {}))

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch import Tensor
 
+from avdm2_nodes.diffusion.compiled import compiled_predictor
 from avdm2_nodes.diffusion.guidance import in_turn, pull_generators, pulled
 from avdm2_nodes.diffusion.samplers import Callback, Chain, Generators, Refine, draw_noise, sample_student, sample_teacher
 from avdm2_nodes.diffusion.style import StyleChange, add_change, require_same_family
@@ -33,11 +34,11 @@ def student_sampler(
     timesteps: Sequence[int],
     window: int,
     chain: Chain = "renoise",
-    backend: str | None = None,
+    compiled: bool = False,
     guides: Sequence[Guide] = (),
 ) -> Sampler:
-    """The student's own chain over `timesteps`, longer clips in windows of `window` frames; `backend` is `video_predictor`'s."""
-    predict = windowed(video_predictor(unet, backend), window)
+    """The student's own chain over `timesteps`, longer clips in windows of `window` frames; `compiled` changes the UNet."""
+    predict = windowed((compiled_predictor if compiled else video_predictor)(unet), window)
     return lambda noise, text, generators, callback=None: sample_student(
         predict, noise, text, timesteps, generators, callback, None, in_turn([g(text, generators) for g in guides]), chain
     )
@@ -86,10 +87,10 @@ def teacher_sampler(
     steps: int,
     guidance: float,
     window: int = ANIMATEDIFF_FRAMES,
-    backend: str | None = None,
+    compiled: bool = False,
 ) -> Sampler:
     """The teacher's guided steps, trailing, windows as the student's; all its randomness is the noise. empty_text (1, L, D)."""
-    predict = windowed(video_predictor(unet, backend), window)
+    predict = windowed((compiled_predictor if compiled else video_predictor)(unet), window)
     return lambda noise, text, generators, callback=None: sample_teacher(
         predict, noise, text, empty_text, steps, guidance, callback=callback
     )

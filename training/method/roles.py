@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch import Tensor, nn
 
+from avdm2_nodes.diffusion.layers import without_waste
 from avdm2_nodes.diffusion.style import StyleChange, add_change
 from avdm2_nodes.diffusion.unets import (
     Predictor,
@@ -21,7 +22,6 @@ from avdm2_nodes.diffusion.unets import (
     video_predictor,
     video_unet,
     with_own_motion,
-    without_waste,
 )
 from avdm2_nodes.files.architecture import unet_config
 from avdm2_nodes.files.stack import Stack, StackError

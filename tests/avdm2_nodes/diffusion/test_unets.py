@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNetMotionModel
+from diffusers import UNetMotionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avdm2_nodes.diffusion.unets import (
@@ -84,28 +84,6 @@ def test_nothing_is_multiplied_that_need_not_be(stack, inputs):
     assert [rows for _, rows in plain.seen].count(5 * tokens) == 2 * layers
     assert [rows for _, rows in ours.seen].count(tokens) >= 2 * layers
     assert 5 * tokens not in [rows for _, rows in ours.seen]
-
-
-def test_it_is_compiled_once_for_all_prompts_seeds_and_frame_counts(make_motion):
-    torch._dynamo.reset()
-    widths, generator, graphs = (8, 8), torch.Generator().manual_seed(0), []
-    image_unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=widths, layers_per_block=1, attention_head_dim=2, cross_attention_dim=32, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    unet = video_unet(image_unet, make_motion(widths)).eval().requires_grad_(False)
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    predict = video_predictor(unet, count)
-    for frames, t, tokens in ((4, 999, 32), (4, 749, 32), (7, 499, 32), (2, 249, 32), (12, 999, 64)):
-        x_t = torch.randn(1, 4, frames, 8, 8, generator=generator)
-        text = torch.randn(1, tokens, 32, generator=generator)
-        expected = video_predictor(unet)(x_t, torch.tensor([t]), text)
-        torch.testing.assert_close(predict(x_t, torch.tensor([t]), text), expected, rtol=1e-5, atol=1e-5)
-    assert len(graphs) == 1, "one graph, without breaks"
 
 
 def test_each_sample_reads_its_own_text_and_time(stack, inputs):

@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 import weakref
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from avdm2_nodes.diffusion.layers import without_waste
 from avdm2_nodes.files.stack import StackError, decode_clips, encode_clips, frames_at_once, load_image_unet, load_stack
 from tests.avdm2_nodes.files.original_layouts import TINY, original_checkpoint, original_motion, values
 
@@ -91,6 +93,41 @@ def test_frames_go_through_a_vae_within_a_bound_of_memory(kind, dtype):
         assert allocated.peak < 1.05 * room
         assert frames == 32 or go == vae.encode or allocated.peak > room / 2
     assert frames_at_once(vae, 8192, 8192, room) == 1
+
+
+def test_frames_go_through_a_vae_in_equal_parts(stack):
+    sizes, decode = [], stack.vae.decode
+    stack.vae.decode = lambda z: sizes.append(len(z)) or decode(z)
+    clips = torch.randn(1, 4, 16, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(decode_clips(stack.vae, clips, batch=5), decode_clips(stack.vae, clips, batch=4))
+    assert sizes == 2 * [4, 4, 4, 4]
+    assert [len(part) for part in (decode_clips(stack.vae, clips[:, :, :n], batch=5)[0] for n in (1, 5, 7))] == [1, 5, 7]
+    assert sizes[8:] == [1, 5, 4, 3]
+
+
+def test_sd15_s_vae_divides_by_nothing_and_decodes_and_encodes_the_same():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    theirs = AutoencoderKL(**blocks, block_out_channels=(32, 64), layers_per_block=2).eval()
+    ours = without_waste(copy.deepcopy(theirs))
+    latents, frames = torch.randn(2, 4, 6, 10), torch.rand(2, 3, 12, 20)
+    with torch.no_grad(), Names() as plain:
+        expected = theirs.decode(latents).sample, theirs.encode(frames).latent_dist.mode()
+    with torch.no_grad(), Names() as less:
+        found = ours.decode(latents).sample, ours.encode(frames).latent_dist.mode()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert "div" in plain.seen and "div" not in less.seen
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+class Names(TorchDispatchMode):
+    def __enter__(self):
+        self.seen = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(function.overloadpacket.__name__)
+        return function(*args, **kwargs or {})
 
 
 def test_a_vae_in_half_precision_gives_the_frames_to_a_grey_level_or_two(stack):
