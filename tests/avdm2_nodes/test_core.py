@@ -612,8 +612,9 @@ def test_a_compiled_student_and_the_image_model_after_it(comfyui, loaded, sample
     """As TorchCompileModel does it, without the minutes of a C++ compiler; the network that is shared goes on without motion."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
+    image_model = comfyui.pack("comfy_bridge.facts").facts_of(student).image_model
     still = {
-        "model": comfyui.pack("comfy_bridge.facts").facts_of(student).image_model, "positive": prompt, "negative": prompt, "latent_image": comfyui.empty(1), "seed": SEED, "cfg": 1.0,
+        "model": image_model, "positive": prompt, "negative": prompt, "latent_image": comfyui.empty(1), "seed": SEED, "cfg": 1.0,
         "denoise": 1.0, "sampler_name": "euler", "scheduler": "simple", "steps": 1,
     }  # fmt: skip
     before = comfyui.run("KSampler", **still)[0]["samples"]
