@@ -89,7 +89,8 @@ def is_style_file(path: Path) -> bool:
     """True for a style file, by its metadata; False for all that cannot be read."""
     try:
         facts = path.stat()
-        return _says_style(str(path), facts.st_mtime_ns, facts.st_size)
+        # A pipe would wait for ever.
+        return path.is_file() and _says_style(str(path), facts.st_mtime_ns, facts.st_size)
     except OSError:
         return False
 

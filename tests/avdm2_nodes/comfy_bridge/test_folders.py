@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pytest
@@ -90,3 +91,19 @@ def test_a_file_that_is_gone_is_said_so(files, comfyui):
     with pytest.raises(ValueError, match=r"gone.safetensors in .*animatediff_models, found no such file"):
         model = comfyui.run("AVDM2StackLoader", stack="tiny")[0]
         comfyui.run("AVDM2MotionModule", model=model, motion_module="gone.safetensors")
+
+
+def test_links_to_nothing_loops_and_pipes_take_no_node_away(files, comfyui, elsewhere):
+    before = files.style_files().keys()
+    (elsewhere / "gone.safetensors").symlink_to(elsewhere / "nowhere")
+    (elsewhere / "loop.safetensors").symlink_to("loop.safetensors")
+    os.mkfifo(elsewhere / "pipe.safetensors")
+    (elsewhere / "folder.safetensors").mkdir()
+    assert files.style_files().keys() == before
+    for name in ("gone", "loop", "pipe", "folder"):
+        assert not files.is_style_file(elsewhere / f"{name}.safetensors")
+    for node in ("AVDM2StudentLoader", "AVDM2StyleTransfer"):
+        assert comfyui.nodes.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()
+    for name in ("gone.safetensors", "loop.safetensors", "pipe.safetensors"):
+        with pytest.raises(ValueError, match=r"^Expected .*found"):
+            files.student_file(name)
