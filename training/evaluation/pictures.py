@@ -7,6 +7,7 @@ from textwrap import wrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from training.run.checkpoint import write_atomically
 from training.run.packages import needs
 
 _ZOOM = 2
@@ -40,7 +41,8 @@ def contact_sheet(
             draw.text((_MARGIN, top + height / 2), name, _QUIET, _font(_LABEL), anchor="lm")
             for k, f in enumerate(np.linspace(0, len(clips[i]) - 1, shown).round().astype(int)):
                 page.paste(_zoomed(clips[i][f]), (_MARGIN + label + k * (width + _GAP), top))
-    page.save(path)
+    kind = Path(path).suffix.removeprefix(".")
+    write_atomically(path, lambda temporary: page.save(temporary, format=kind))
 
 
 def animated(
