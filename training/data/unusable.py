@@ -43,7 +43,8 @@ def named(left_out: Sequence[Unusable]) -> None:
 def told(place: Path | str, used: int, what: str, left_out: Sequence[Unusable]) -> None:
     """The summary in the log, a warning where anything was left out."""
     level = logging.WARNING if left_out else logging.INFO
-    log.log(level, "%s: %d %s are used, %s.", place, used, what, counted(left_out))
+    many = f"{what.removesuffix('s')} is" if used == 1 else f"{what} are"
+    log.log(level, "%s: %d %s used, %s.", place, used, many, counted(left_out))
 
 
 def require_none(left_out: Sequence[Unusable], place: Path | str, strict: bool) -> None:

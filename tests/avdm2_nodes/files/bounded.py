@@ -1,5 +1,6 @@
 """Cases run in a child with bounds on time and memory, so that what hangs, crashes or fills the memory ends as a line of a report."""
 
+import faulthandler
 import json
 import os
 import resource
@@ -64,6 +65,7 @@ def _answers(cases: Sequence, child: int, read: int) -> list[tuple[object, Said]
 def _answer(cases: Sequence, run: Run, write: int, seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + LIMIT,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.disable()  # what ends a case is told by its signal
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     for case in cases:

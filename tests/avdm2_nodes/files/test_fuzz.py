@@ -215,7 +215,7 @@ def test_seeds_are_read(seeds, base):
 
 
 def test_a_few_cases(seeds, base, tmp_path, capsys):
-    said = fuzzed(SEED, 40, seeds, tmp_path, base)
+    said = fuzzed(SEED, 20, seeds, tmp_path, base)
     with capsys.disabled():
         report(f"seed {SEED}", said)
 
