@@ -31,7 +31,7 @@ from functools import partial
 import diffusers
 import torch
 
-from benchmarks import gpu_parts
+from benchmarks import gpu_miniature, gpu_parts
 from benchmarks.gpu_parts import CARD_24, FULL, SMALL, Row, Session
 from benchmarks.kernels import Kernels
 from benchmarks.report import table
@@ -55,7 +55,7 @@ PARTS: dict[str, tuple[Callable[[Session], Iterator[Row]], int, int]] = {
     "compiled": (gpu_parts.compiled, 60, 30),
     **{name: (gpu_parts.training(name, file), 50, 25) for name, (file, _) in CONFIGURATIONS.items()},
     "decoders": (gpu_parts.decoders, 45, 10),
-    "miniature": (gpu_parts.miniature, 75, 45),
+    "miniature": (gpu_miniature.miniature, 75, 45),
     "the teacher, compiled": (gpu_parts.teacher_compiled, 75, 1),
 }
 SECONDS = 285  # of all, with the imports before it five minutes
