@@ -321,7 +321,7 @@ def test_refusals(settings, videos, prepared, prompts, tmp_path):
     with RunFolder(tmp_path / "held"):
         refused(RunFolderError, f"in use by process {os.getpid()}.*--out", out=tmp_path / "held")
     refused(DataError, "data.frames of 32 at most, .* found 99; lower it", "--data.frames", "99")
-    refused(DataError, "found 10 that cannot, first: Expected at least 32 frames", "--data.frames", "32")
+    refused(DataError, "found 10 that cannot be used, first: Expected at least 32 frames", "--data.frames", "32")
     (tmp_path / "mute").mkdir()
     shutil.copy(videos / "00000.mp4", tmp_path / "mute")
     refused(

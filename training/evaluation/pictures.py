@@ -41,7 +41,7 @@ def contact_sheet(
             draw.text((_MARGIN, top + height / 2), name, _QUIET, _font(_LABEL), anchor="lm")
             for k, f in enumerate(np.linspace(0, len(clips[i]) - 1, shown).round().astype(int)):
                 page.paste(_zoomed(clips[i][f]), (_MARGIN + label + k * (width + _GAP), top))
-    kind = Path(path).suffix.removeprefix(".")
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]  # a temporary file's name does not tell it
     write_atomically(path, lambda temporary: page.save(temporary, format=kind))
 
 

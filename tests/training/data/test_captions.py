@@ -45,7 +45,7 @@ def test_a_missing_caption_is_named_skipped_and_counted(folder, caplog):
         clips = ClipFolder(folder, 8, 64, 64)
     assert clips.captions == ["a"] and len(clips) == 1
     assert [name for name, _ in clips.skipped] == ["b.mp4", "c.mp4"]
-    assert "b.mp4" in caplog.text and "c.mp4" in caplog.text and "1 clips are used, 2 skipped" in caplog.text
+    assert "b.mp4" in caplog.text and "c.mp4" in caplog.text and "1 clip is used, 2 skipped" in caplog.text
 
 
 def test_hidden_files_and_other_files_are_no_clips(folder):

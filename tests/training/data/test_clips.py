@@ -95,7 +95,7 @@ def test_the_summary_says_how_many_of_what(folder, caplog):
     with caplog.at_level(logging.INFO):
         clips = ClipFolder(folder, 8, 64, 64)
     assert {one.name: one.kind for one in clips.left_out} == {"b.mp4": "damaged", "c.mp4": "without a caption"}
-    assert "1 clips are used, 2 skipped: 1 damaged, 1 without a caption" in caplog.text
+    assert "1 clip is used, 2 skipped: 1 damaged, 1 without a caption" in caplog.text
     with pytest.raises(DataError, match=r"data\.strict.*2 skipped: .*; first b\.mp4: Expected a read") as caught:
         ClipFolder(folder, 8, 64, 64, strict=True)
     assert "\n" not in str(caught.value)

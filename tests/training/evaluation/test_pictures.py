@@ -28,6 +28,14 @@ def test_contact_sheet_shows_every_clip_enlarged(tmp_path):
     assert pixels(image, (28, 28, 30)) > 50  # captions
 
 
+@pytest.mark.parametrize("suffix, kind", [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")])
+def test_a_sheet_is_of_the_kind_that_its_name_says_and_nothing_else_is_left(tmp_path, suffix, kind):
+    pictures.contact_sheet(ROWS, CAPTIONS, tmp_path / f"sheet.{suffix}", shown=3)
+    with Image.open(tmp_path / f"sheet.{suffix}") as sheet:
+        assert sheet.format == kind
+    assert [path.name for path in tmp_path.iterdir()] == [f"sheet.{suffix}"]
+
+
 def test_contact_sheet_shows_frames_in_order(tmp_path):
     clip = np.zeros((8, 64, 64, 3), np.uint8) + np.arange(0, 80, 10, dtype=np.uint8)[:, None, None, None]
     pictures.contact_sheet({"a": [clip]}, ["caption"], tmp_path / "sheet.png", shown=2)
