@@ -622,3 +622,20 @@ def test_a_compiled_student_and_the_image_model_after_it(comfyui, loaded, sample
     set_torch_compile_wrapper(model=compiled, backend="eager")
     assert difference(sample(student=compiled), sample()) < CLIP
     assert torch.equal(comfyui.run("KSampler", **still)[0]["samples"], before)
+
+
+def test_on_a_cpu_every_attention_is_torch_s_own(sample):
+    """Core's sub-quadratic one, its choice there, multiplies and takes the softmax by itself."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        names = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.add(function._overloadpacket._qualified_op_name)
+            return function(*args, **(kwargs or {}))
+
+    with Seen():
+        sample()
+    assert any("scaled_dot_product" in name for name in Seen.names)
+    assert not {"aten::baddbmm", "aten::_softmax"} & Seen.names
