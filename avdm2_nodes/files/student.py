@@ -15,7 +15,7 @@ from .architecture import require_tensors
 from .containers import SUFFIX, read_layout
 from .described import read_described, write_described
 from .recognise import recognise
-from .sentences import FileFormatError
+from .sentences import FileFormatError, is_text
 from .student_info import StudentFileError, StudentInfo
 from .weights import require_weights
 
@@ -41,7 +41,7 @@ def student_path(folder: Path, name: str) -> Path:
     Read as Windows does, whose separators and drives are a superset: a name is refused on every system or on none.
     """
     parts = PureWindowsPath(name)
-    impossible = any(c in '<>:"|?*' or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
+    impossible = not is_text(name) or any(c in '<>:"|?*' or ord(c) < 32 for c in name)
     if parts.anchor or ".." in parts.parts or not parts.name or impossible:
         raise StudentFileError(
             f"Expected the name of a student below its folder, found {name!r}; leave out .., drives, roots and signs."
