@@ -6,13 +6,12 @@ FUZZ_SEED and FUZZ_CASES choose other cases, as in tests/avdm2_nodes/files/test_
 import logging
 import os
 import shutil
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.avdm2_nodes.files.bounded import report, run_bounded
+from tests.avdm2_nodes.files.bounded import report, run_numbered, unexpected
 from tests.training.hostile import SPACE, make_case, make_seeds
 from training.data.cache import Cache
 from training.data.clips import ClipFolder
@@ -28,7 +27,6 @@ from training.run.folder import RunFolder
 
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 CASES = int(os.environ.get("FUZZ_CASES", "2000"))
-BLOCK = 200  # cases for which children are made, one for each processor
 
 
 def clips(path: Path) -> list[Unusable]:
@@ -97,22 +95,17 @@ def fuzzed(seed: int, count: int, seeds: dict, work: Path) -> dict:
                 except AssertionError as problem:
                     return f"VIOLATION: {kind}, {done}: {problem}"
             except BaseException as error:
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                what = f"{type(error).__name__}: {str(error)[:300]} ({Path(where.filename).name}:{where.lineno})"
-                return f"VIOLATION: {kind}, {done}: {what}"
+                return unexpected(f"{kind}, {done}", error)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
         return read
 
-    said = []
     logging.disable(logging.CRITICAL)
     try:
-        for start in range(0, count, BLOCK):
-            said += run_bounded(range(start, min(start + BLOCK, count)), one, os.cpu_count() or 1)
+        return run_numbered(count, one)
     finally:
         logging.disable(logging.NOTSET)
-    return dict(said)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,15 @@ import os
 import resource
 import signal
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 SECONDS, WALL = 10, 60  # of the processor's time, and of the clock on a busy machine (what waits for ever takes no processor)
 ROOM = 2**30  # bytes that a case may take
+BLOCK = 200  # cases for which children are made, one for each processor
 LIMIT = 4 * ROOM  # and beyond which it is refused them
 
 
@@ -35,6 +38,21 @@ def run_bounded(cases: Sequence, run: Run, children: int = 1, seconds: int = SEC
         said += [answer for answers in found for answer in answers]
         shares = [share[len(answers) :] for share, answers in zip(shares, found, strict=True)]
     return said
+
+
+def run_numbered(count: int, run: Run) -> dict[object, Said]:
+    """`run_bounded` of the cases 0, 1, … on all processors, a block after the other."""
+    said = []
+    for start in range(0, count, BLOCK):
+        said += run_bounded(range(start, min(start + BLOCK, count)), run, os.cpu_count() or 1)
+    return dict(said)
+
+
+def unexpected(case: str, error: BaseException) -> str:
+    """The line of a case that raised what no reader may."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__}: {str(error)[:300]} ({Path(where.filename).name}:{where.lineno})"
+    return f"VIOLATION: {case}: {what}"
 
 
 def _start(cases: Sequence, run: Run, seconds: int) -> tuple[int, int]:

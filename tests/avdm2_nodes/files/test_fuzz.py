@@ -5,7 +5,6 @@ FUZZ_SEED and FUZZ_CASES choose other cases, as in: FUZZ_SEED=3 FUZZ_CASES=500 p
 
 import os
 import shutil
-import traceback
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,12 @@ from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import is_style, read_style, require_student
 from avdm2_nodes.files.taesd import load_taesd_file
-from tests.avdm2_nodes.files.bounded import report, run_bounded
+from tests.avdm2_nodes.files.bounded import report, run_bounded, run_numbered, unexpected
 from tests.avdm2_nodes.files.hostile import make_case, make_seeds
 from training import export
 
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 CASES = int(os.environ.get("FUZZ_CASES", "2000"))
-BLOCK = 200  # cases for which children are made, one for each processor
 
 ALL = [
     lambda path, _: recognise(read_layout(path)),
@@ -181,19 +179,15 @@ def fuzzed(seed: int, count: int, seeds: dict, work: Path, base) -> dict:
                 assert not marker.exists(), "a payload ran"
                 return said
             except BaseException as error:
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                what = f"{type(error).__name__}: {str(error)[:300]} ({Path(where.filename).name}:{where.lineno})"
-                return f"VIOLATION: {kind}, {done}: {what}"
+                return unexpected(f"{kind}, {done}", error)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
         return read_all
 
-    said = []
-    for start in range(0, count, BLOCK):
-        said += run_bounded(range(start, min(start + BLOCK, count)), run, os.cpu_count() or 1)
+    said = run_numbered(count, run)
     assert not marker.exists()
-    return dict(said)
+    return said
 
 
 @pytest.fixture(scope="module")
