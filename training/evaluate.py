@@ -44,14 +44,14 @@ from training.distill import distil
 from training.evaluation.backbones import BackboneError, add_arguments, load_networks
 from training.evaluation.feature_net import content_hash, load_features_of
 from training.evaluation.rows import Bench, Method, VideoBench, steps_in_words, student_method, teacher_method
-from training.evaluation.table import SHORT, Table
+from training.evaluation.table import SHORT, Table, require_page
 from training.method.errors import EXPECTED_ERRORS
 from training.run import console
-from training.run.checkpoint import Checkpoints, write_atomically
+from training.run.checkpoint import Checkpoints, write_atomically, write_text_atomically
 from training.run.command_line import load_config
 from training.run.config import MODEL, ROOT, DistillConfig, to_yaml
 from training.run.console import between, scale
-from training.run.folder import RunFolder
+from training.run.folder import RunFolder, require_writable
 from training.run.packages import needs
 from training.run.precision import pick_device
 
@@ -63,24 +63,33 @@ SHARED = "warm-up only", ["--run.updates", "0"]  # the run that all ablations be
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_help = "the teacher: a diffusers folder or an SD1.5 checkpoint (default: the miniature)"
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="PATH", help=model_help)
-    parser.add_argument("--motion", type=Path, metavar="PATH", help="motion modules, where the teacher's folder has none")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="CLIP's vocabulary, for a checkpoint in one file")
+    parser.add_argument("--model", type=console.path, default=MODEL, metavar="PATH", help=model_help)
+    parser.add_argument(
+        "--motion", type=console.path, metavar="PATH", help="motion modules, where the teacher's folder has none"
+    )
+    parser.add_argument(
+        "--tokenizer", type=console.path, metavar="FOLDER", help="CLIP's vocabulary, for a checkpoint in one file"
+    )
     student_help = "student file, or an AnimateDiff-Lightning or AnimateLCM module (default: the teacher's student.safetensors)"
-    parser.add_argument("--student", type=Path, metavar="FILE", help=student_help)
+    parser.add_argument("--student", type=console.path, metavar="FILE", help=student_help)
     parser.add_argument("--clips", type=between(6, 2**20), default=1024, help="clips a row (default: 1024)")
     parser.add_argument("--guidance", type=scale, default=3.0, help="CFG scale of the teacher (default: 3)")
     parser.add_argument("--ablations", action="store_true", help="train and measure the short recipe, whole and with one loss")
     parser.add_argument("--seeds", type=between(1, 100), default=3, help="training seeds of the ablations (default: 3)")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "evaluation", help="where rows and reports are kept")
+    parser.add_argument(
+        "--out", type=console.path, default=ROOT / "runs" / "evaluation", help="where rows and reports are kept"
+    )
     page_help = "a page, such as docs/results.md, whose tables are to be replaced"
-    parser.add_argument("--page", type=Path, metavar="FILE", help=page_help)
+    parser.add_argument("--page", type=console.path, metavar="FILE", help=page_help)
     add_arguments(parser)
     args = parser.parse_args(argv)
     if args.ablations and args.real:
         parser.error("expected no --real beside --ablations, whose recipe is the miniature's; leave one out")
 
-    needs("matplotlib", "to plot the table")  # before hours of measuring
+    # All this before hours of measuring.
+    needs("matplotlib", "to plot the table")
+    require_writable(args.out)
+    require_page(args.page)
     device = pick_device()
     stack = load_stack(args.model, args.motion, tokenizer=args.tokenizer)
     for unet in (stack.image_unet, stack.teacher):
@@ -190,7 +199,7 @@ def branch(source: Path, folder: Path, config: DistillConfig) -> None:
     """
     newest = Checkpoints(source / "checkpoints", keep=1).paths()[-1]
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
+    write_text_atomically(folder / "config.yaml", to_yaml(config))
     write_atomically(folder / "checkpoints" / newest.name, lambda temporary: shutil.copy(newest, temporary))
 
 

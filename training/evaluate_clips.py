@@ -29,13 +29,14 @@ from training.evaluation.measure import Figure
 from training.evaluation.report import write_report
 from training.run import console
 from training.run.console import between
+from training.run.folder import RunFolderError, require_writable, told_of_disk
 from training.run.packages import MissingPackageError
 from training.run.precision import pick_device
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--generated", type=Path, required=True, metavar="FOLDER", help="the clips to measure")
+    parser.add_argument("--generated", type=console.path, required=True, metavar="FOLDER", help="the clips to measure")
     add_arguments(parser)
     parser.add_argument("--frames", type=between(1, 1024), default=16, help="of each clip (default: 16)")
     parser.add_argument(
@@ -44,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--height", type=between(8, 8192), default=256, help="pixels (default: 256)")
     parser.add_argument("--width", type=between(8, 8192), default=256, help="pixels (default: 256)")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where report.json and report.md go (default: the clips' folder)"
+        "--out", type=console.path, metavar="FOLDER", help="where report.json and report.md go (default: the clips' folder)"
     )
     args = parser.parse_args(argv)
     if not (args.i3d or args.videomae or args.clip):
@@ -56,6 +57,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Figure]:
     """The figures that are asked for, which are written down too; one of the errors named in `main`."""
+    out = args.out or args.generated
+    require_writable(out)  # before minutes of measuring
     networks = load_networks(args, pick_device())
     size = args.frames, args.height, args.width, args.stride
     made = ClipFolder(args.generated, *size)
@@ -77,12 +80,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Figure]:
         "frames": f"{args.frames} of {args.width}x{args.height}, stride {args.stride}",
         **networks.described,
     }
-    out = args.out or args.generated
-    try:
+    with told_of_disk(out):
         out.mkdir(parents=True, exist_ok=True)
         write_report(out, "Clips, measured by public networks", {args.generated.name: figures}, {}, about)
-    except OSError as error:
-        raise DataError(f"Expected the right to write into {out}, found: {error.strerror}; name another with --out.") from error
     return figures
 
 
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name, (value, low, high) in evaluate(args).items():
             print(f"{name}: {value:.2f} ({low:.2f} to {high:.2f})")
-    except (BackboneError, DataError, MissingPackageError, VideoError) as error:
+    except (BackboneError, DataError, MissingPackageError, RunFolderError, VideoError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -45,11 +45,12 @@ from training.evaluation.feature_net import content_hash, load_features_of
 from training.evaluation.pictures import contact_sheet
 from training.evaluation.report import tables_by_question, write_report
 from training.evaluation.rows import Bench, Method, student_method, teacher_method
-from training.evaluation.table import Table, insert
+from training.evaluation.table import Table, insert, require_page
 from training.method.errors import EXPECTED_ERRORS
 from training.run import console
 from training.run.config import MODEL, ROOT
 from training.run.console import between, scale
+from training.run.folder import require_writable, told_of_disk
 from training.run.precision import pick_device
 from training.world import scenes
 
@@ -68,28 +69,30 @@ FIGURES = (
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_help = "the student's teacher, a diffusers folder with a rendered world's feature net (default: the miniature)"
-    parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER", help=model_help)
+    parser.add_argument("--model", type=console.path, default=MODEL, metavar="FOLDER", help=model_help)
     student_help = "student file (default: the teacher's student.safetensors)"
-    parser.add_argument("--student", type=Path, metavar="FILE", help=student_help)
+    parser.add_argument("--student", type=console.path, metavar="FILE", help=student_help)
     style_help = "the image model whose style is wanted (default: the teacher's styles/neon)"
-    parser.add_argument("--style", type=Path, metavar="PATH", help=style_help)
+    parser.add_argument("--style", type=console.path, metavar="PATH", help=style_help)
     look_help = "what the oracle should read in its pictures (default: neon)"
     parser.add_argument("--look", choices=scenes.STYLES, default="neon", help=look_help)
     file_help = (
         "style file that was fine-tuned (default: STYLE.safetensors beside the style; without one its rows are left out)"
     )
-    parser.add_argument("--style-file", type=Path, metavar="FILE", help=file_help)
+    parser.add_argument("--style-file", type=console.path, metavar="FILE", help=file_help)
     parser.add_argument("--clips", type=between(6, 2**20), default=1024, help="clips a row (default: 1024)")
     parser.add_argument("--guidance", type=scale, default=3.0, help="CFG scale of the 25 steps (default: 3)")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "styles", help="where rows and reports are kept")
+    parser.add_argument("--out", type=console.path, default=ROOT / "runs" / "styles", help="where rows and reports are kept")
     page_help = "a page, such as docs/styles.md, whose tables are to be replaced"
-    parser.add_argument("--page", type=Path, metavar="FILE", help=page_help)
+    parser.add_argument("--page", type=console.path, metavar="FILE", help=page_help)
     args = parser.parse_args(argv)
     args.student = args.student or args.model / "student.safetensors"
     args.style = args.style or args.model / "styles" / "neon"
     beside = args.style.parent / f"{args.style.name}.safetensors"
     args.style_file = args.style_file or (beside if beside.is_file() else None)
 
+    require_writable(args.out)  # before hours of measuring
+    require_page(args.page)
     device = pick_device()
     stack, style = load_stack(args.model), load_image_unet(args.style).to(device)
     stack.image_unet.to(device)
@@ -178,7 +181,18 @@ def frames_method(name: str, image: Predictor, stack: Stack, steps: int, guidanc
 
 
 def write(table: Table, about: dict, page: Path | None) -> None:
-    """report.json, report.md, styles.jpg, strength.jpg; and the tables into `page`, between its markers."""
+    """report.json, report.md, styles.jpg, strength.jpg; and the tables into `page`, between its markers.
+
+    RunFolderError where one cannot be written.
+    """
+    with told_of_disk(table.folder):
+        _write(table, about)
+    if page is not None:
+        rows = {name: {key: row[key] for key in FIGURES if key in row} for name, row in table.rows.items()}
+        insert(page, "styles", tables_by_question(rows, table.costs), about)
+
+
+def _write(table: Table, about: dict) -> None:
     write_report(table.folder, "Ways to another style", table.rows, table.costs, about)
     modes = [mode for mode in MODES if f"{mode} {STRENGTHS[-1]:g}" in table.rows]
     captions = table.bench.prompts[PICTURED]
@@ -193,9 +207,6 @@ def write(table: Table, about: dict, page: Path | None) -> None:
     said = ", ".join(f"{s:g}" for s in (0, *STRENGTHS))
     titles = [f"{caption}, strength {said}" for caption in captions]
     contact_sheet(sweeps, titles, table.folder / "strength.jpg", shown=1 + len(STRENGTHS))
-    if page is not None:
-        rows = {name: {key: row[key] for key in FIGURES if key in row} for name, row in table.rows.items()}
-        insert(page, "styles", tables_by_question(rows, table.costs), about)
 
 
 def sweep(rows: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:

@@ -12,12 +12,13 @@ if __name__ == "__main__":
 import argparse
 
 from avdm2_nodes.files.containers import FileFormatError
-from avdm2_nodes.files.interchange import export_animatediff, export_diffusers
+from avdm2_nodes.files.interchange import export_animatediff, export_diffusers, require_new_folder
 from avdm2_nodes.files.stack import StackError, load_stack
 from avdm2_nodes.files.student import read_student
 from avdm2_nodes.files.student_info import StudentFileError
 from training.run import console
 from training.run.config import MODEL
+from training.run.folder import RunFolderError, require_writable
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -44,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     console.set_up()
     try:
+        require_writable(args.out)  # before the base is read
+        if args.format == "diffusers":
+            require_new_folder(args.out)
         student = read_student(args.student)
         if args.format == "animatediff":
             for path in export_animatediff(student, args.out, args.student.stem):
@@ -51,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             export_diffusers(student, load_stack(args.model, with_motion=False, tokenizer=args.tokenizer), args.out)
             print(args.out)
-    except (FileFormatError, StackError, StudentFileError) as error:
+    except (FileFormatError, RunFolderError, StackError, StudentFileError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

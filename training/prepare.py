@@ -40,7 +40,7 @@ from training.run import console
 from training.run.command_line import load_config
 from training.run.config import DistillConfig, ModelConfig
 from training.run.console import between
-from training.run.folder import RunFolder
+from training.run.folder import RunFolder, require_writable
 from training.run.precision import pick_device, uses_bf16
 
 logger = logging.getLogger("prepare")
@@ -84,6 +84,7 @@ def prepare(args: argparse.Namespace, config: DistillConfig) -> None:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     _require_room_for_a_cache(args.out)
+    require_writable(args.out)
     prompts = read_prompts(args.prompts) if args.prompts else []
     device, model = pick_device(config.run.device), config.model
     stack = load_stack(model.teacher, model.motion, with_motion=bool(prompts), tokenizer=model.tokenizer)

@@ -30,7 +30,7 @@ from avdm2_nodes.files.student_unet import student_unet
 from avdm2_nodes.files.style import StyleFileError
 from avdm2_nodes.files.taesd import load_taesd_file
 from training.data.captions import cut_by
-from training.data.video import VideoError, codec, write_video
+from training.data.video import VideoError, codec, require_video_place, write_video
 from training.evaluation.sampling import (
     STYLE_MODES,
     SampleError,
@@ -62,6 +62,8 @@ def sample(args: argparse.Namespace) -> None:
     outs = numbered(args.out, len(args.prompt))
     if not is_folder(args.out.parent):
         raise SampleError(f"Expected a folder at {args.out.parent} for {args.out.name}, found none; make it.")
+    for out in outs:
+        require_video_place(out)
     device, guiding = pick_device(), []
     if args.teacher:
         stack = load_stack(args.model, args.motion, tokenizer=args.tokenizer)

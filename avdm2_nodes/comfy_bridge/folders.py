@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from functools import lru_cache
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def is_style_file(path: Path) -> bool:
     try:
         facts = path.stat()
         # A pipe would wait for ever.
-        return path.is_file() and _says_style(str(path), facts.st_mtime_ns, facts.st_size)
+        return stat.S_ISREG(facts.st_mode) and _says_style(str(path), facts.st_mtime_ns, facts.st_size)
     except OSError:
         return False
 

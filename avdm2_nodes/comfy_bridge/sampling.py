@@ -114,6 +114,7 @@ def missed_steps(info, used: Sequence[int]) -> str:
 
 def student_steps(model, steps: int = 0, denoise: float = 1.0) -> tuple[Tensor, comfy.samplers.KSAMPLER]:
     """(SIGMAS, SAMPLER) of a student in `steps` evaluations, 0 for its own number. ModelError, or ValueError for a denoise too low."""
+    require_finite(denoise=denoise)
     info = student_facts(model).student.info
     timesteps = student_timesteps(info.timesteps, steps or len(info.timesteps), info.chain)
     return sigmas_of(model, kept_timesteps(timesteps, denoise)), chain_sampler(info.chain)
@@ -186,7 +187,7 @@ def student_latent(
     model, positive, latent: dict, seed: int, steps: int, denoise: float, cfg: float = 1.0, negative=None
 ) -> dict:
     """A student's clip in its own steps, the same that KSampler makes of it. Errors as `student_steps`."""
-    require_finite(cfg=cfg, denoise=denoise)
+    require_finite(cfg=cfg)
     sigmas, sampler = student_steps(model, steps, denoise)
     if cfg != 1.0 and negative is None:
         raise ModelError(f"Expected a negative prompt with cfg {cfg:g}, found none; wire one, or set cfg to 1.")

@@ -63,9 +63,8 @@ def export_diffusers(student: Student, stack: Stack, folder: Path) -> None:
     from diffusers import AnimateDiffPipeline  # imports much that nothing else here needs
 
     folder, info = Path(folder), student.info
+    require_new_folder(folder)
     with told_writing(folder, StudentFileError):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise StudentFileError(f"Expected a new or empty folder at {folder}, found something in it; name another.")
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     scheduler = diffusers_scheduler(info)
     unet = nn.Module.half(student_unet(student, stack.image_unet))  # diffusers' own warns of parts that this UNet does not have
@@ -83,6 +82,13 @@ def export_diffusers(student: Student, stack: Stack, folder: Path) -> None:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_new_folder(folder: Path) -> None:
+    """StudentFileError for a folder that holds something, and for a path that is none."""
+    with told_writing(folder, StudentFileError):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise StudentFileError(f"Expected a new or empty folder at {folder}, found something in it; name another.")
 
 
 def diffusers_scheduler(info: StudentInfo) -> LCMScheduler | EulerDiscreteScheduler:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -92,6 +93,26 @@ def stats(folder):
     return path.read_text().splitlines() if path.exists() else []
 
 
+@pytest.fixture
+def full_disk(monkeypatch):
+    """full_disk(names): from then on files of these names find no room when their bytes are to be on the disk."""
+    names, written = set(), os.fsync
+
+    def fsync(file):
+        path = os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
+        if any(f".{name}." in path for name in names):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+    def fill(*full):
+        names.clear()
+        names.update(full)
+
+    return fill
+
+
 # ---- what a run leaves ----
 
 
@@ -106,6 +127,25 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     names = ["real clips (VAE)", "teacher 2 steps", "teacher 2 steps, no guidance"]
     names += ["teacher 2 steps, as a student", "teacher 1 step", "student 2 steps"]
     assert list(rows) == names and [rows[name].get("evaluations") for name in names] == [None, 4, 2, 2, 2, 2]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="asks Linux which file is written")
+def test_a_report_that_finds_no_room_is_told_and_made_when_there_is(command, settings, work, finished, full_disk):
+    config, folder, names = settings("no_room"), work / "no_room", ["clips.png", "clips.webp", "report.json", "report.md"]
+    for i, name in enumerate(names):
+        full_disk(name)
+        code, said = command("--config", config)
+        assert code == 1 and "\n" not in said
+        assert said == (
+            f"Expected room and the right to write into {folder}, found: No space left on device; "
+            "clear the way and give the command again: it goes on."
+        )
+        assert sorted(path.name for path in folder.iterdir() if path.name in names) == sorted(names[:i])
+        assert not list(folder.glob(".*.tmp"))
+    full_disk()
+    assert command("--config", config)[0] in (0, None)
+    assert all((folder / name).stat().st_size > 0 for name in names)
+    assert_same_student(folder, finished)
 
 
 def test_without_a_report_the_finished_student_s_clips_are_the_last_of_the_samples(finished, settings, work):

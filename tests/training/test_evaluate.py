@@ -20,7 +20,7 @@ from training.evaluation.backbones import BackboneError, load_clip
 from training.evaluation.report import QUESTIONS
 from training.evaluation.rows import Bench
 from training.run.command_line import load_config
-from training.run.folder import RunFolder
+from training.run.folder import RunFolder, RunFolderError
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +137,15 @@ def test_a_row_that_goes_on_from_the_shared_warm_up_is_what_its_own_run_would_be
     mine, own, before = (load_file(folder / "student.safetensors") for folder in (shared, tmp_path / "own", warm))
     assert all((mine[name] == own[name]).all() for name in own)
     assert any((mine[name] != before[name]).any() for name in own)
+
+
+def test_places_that_cannot_be_written_are_told_before_anything_is_measured(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_stack", lambda *_, **__: pytest.fail("read before the places were looked at"))
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match=r"file/below, found: Not a directory; name another with --out"):
+        run("--out", str(tmp_path / "file" / "below"))
+    with pytest.raises(
+        RunFolderError, match=r"Expected a page for the tables at .*gone\.md, found nothing; name another with --page"
+    ):
+        run("--page", str(tmp_path / "gone.md"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

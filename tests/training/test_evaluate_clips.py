@@ -84,6 +84,13 @@ def test_errors_are_one_sentence(folders, command, networks, tmp_path, capsys, a
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(command, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert command("--clip", "nowhere", "--out", tmp_path / "file" / "out") == 1
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.endswith("file/out, found: Not a directory; name another with --out.")
+
+
 @pytest.mark.parametrize("arguments", [[], ["--i3d", "a.pt"], ["--videomae", "a"], ["--clip", "a", "--frames", "0"]])
 def test_arguments_that_cannot_be(command, arguments):
     with pytest.raises(SystemExit) as caught:

@@ -18,6 +18,7 @@ from avdm2_nodes.files.style import StyleFileError, StyleInfo, student_hash, wri
 from training import evaluate_styles
 from training.evaluate_styles import FRAMES, MODES, STRENGTHS, TEACHER, UNSWAPPED, guided_method, restyled, student_method
 from training.evaluation.rows import Bench
+from training.run.folder import RunFolderError
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +119,15 @@ def test_single_frames_are_sampled_on_the_image_schedule():
     for schedule in (IMAGE, VIDEO):
         ours = ddim_scheduler(25, schedule=schedule)
         torch.testing.assert_close(ours.alphas_cumprod.double(), schedule.alphas_cumprod, rtol=1e-4, atol=1e-6)
+
+
+def test_places_that_cannot_be_written_are_told_before_anything_is_measured(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_styles, "load_stack", lambda *_, **__: pytest.fail("read before the places were looked at"))
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match=r"file/below, found: Not a directory; name another with --out"):
+        command("--out", str(tmp_path / "file" / "below"))
+    with pytest.raises(
+        RunFolderError, match=r"Expected a page for the tables at .*gone\.md, found nothing; name another with --page"
+    ):
+        command("--page", str(tmp_path / "gone.md"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -74,6 +74,20 @@ def test_errors_are_one_sentence(student_file, stack_folder, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["animatediff", "diffusers"])
+def test_a_place_that_cannot_be_written_is_told_before_the_base_is_read(student_file, tmp_path, capsys, kind):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    places = [tmp_path / "used" / "file", tmp_path / "used" / "file" / "below", tmp_path / ("o" * 255) / ("o" * 255)]
+    places += [tmp_path / "used"] if kind == "diffusers" else []
+    for place in places[:2] + places[3:]:
+        arguments = ["--student", str(student_file), "--format", kind, "--out", str(place), "--model", "nowhere"]
+        assert export.main(arguments) == 1
+        (message,) = capsys.readouterr().err.splitlines()
+        assert (str(place) in message and "nowhere" not in message and message.endswith("another.")) or "--out." in message
+    assert sorted(os.listdir(tmp_path)) == ["mine.safetensors", "used"]
+
+
 @pytest.mark.parametrize("arguments", [[], ["--student", "a", "--format", "onnx", "--out", "b"], ["--format", "diffusers"]])
 def test_arguments_that_cannot_be(arguments):
     with pytest.raises(SystemExit) as caught:

@@ -310,6 +310,9 @@ def test_refusals(settings, videos, prepared, prompts, tmp_path):
     before = contents(prepared)
     refused(DataError, "in use; name another", out=videos)
     refused(DataError, "found a file", out=SCRIPT)
+    refused(
+        RunFolderError, "found: Not a directory; name another with --out", "--data.folder", tmp_path / "gone", out=SCRIPT / "x"
+    )
     refused(DataError, "gone, found nothing", "--data.folder", tmp_path / "gone")
     refused(DataError, "found a cache of them", "--data.folder", prepared)
     refused(DataError, "gone.txt, found: No such file", "--prompts", tmp_path / "gone.txt")

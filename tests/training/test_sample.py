@@ -145,6 +145,22 @@ def test_errors(command, tmp_path, monkeypatch, capsys, arguments, said):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("out", ["folder", "nowhere/clip.mp4", "clip.txt", "file/clip.mp4", "c" * 249 + ".mp4"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(command, tmp_path, monkeypatch, capsys, out):
+    def read(*_, **__):
+        raise AssertionError("read before the place was looked at")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "load_stack", read)
+    monkeypatch.setattr(sample, "read_student", read)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    assert command("--out", out) == 1
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("Expected") and message.endswith(".")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
 def test_base_of_another_architecture(command, model, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()

@@ -21,6 +21,8 @@ _SWSCALE = (
 )  # matrices that FFmpeg converts by itself: RGB, BT.709, none said, FCC, BT.601 (2), SMPTE 240M, BT.2020
 _YCGCO, _BT2020_CL = 8, 10
 _UNSAID, _PQ, _HLG = 2, 16, 18
+# Curves that a screen shows alike: BT.709, none said, gammas, BT.601, SMPTE 240M, xvYCC, BT.1361, sRGB, BT.2020; 0 and 3 are reserved.
+_ORDINARY = (0, 1, _UNSAID, 3, 4, 5, 6, 7, 11, 12, 13, 14, 15)
 _TO_709 = {  # linear light of other primaries, by their code point (ITU-R BT.2087; SMPTE EG 432-1)
     9: ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)),
     12: ((1.2249, -0.2247, 0.0), (-0.0420, 1.0419, 0.0), (-0.0197, -0.0786, 1.0979)),
@@ -37,12 +39,15 @@ class ColourError(ValueError):
 def to_rgb(frame: "av.VideoFrame") -> np.ndarray:
     """(H, W, 3) uint8 of a frame, by the matrix and the transfer curve that it declares; HDR (PQ, HLG) is tone-mapped.
 
-    ColourError for colours that neither FFmpeg nor this knows.
+    ColourError for colours that neither FFmpeg nor this knows, and for curves that are not made for a screen (linear, log).
     """
     matrix, curve = int(frame.colorspace), int(frame.color_trc)
     hdr = curve in (_PQ, _HLG)
     if matrix not in (*_SWSCALE, _YCGCO, _BT2020_CL) or (hdr and matrix in (_YCGCO, _BT2020_CL)):
         raise ColourError(f"a colour matrix that is not known (H.273 number {matrix}{', HDR' if hdr else ''})")
+    if not hdr and curve not in _ORDINARY:
+        names = {8: "linear light", 9: "a log curve", 10: "a log curve", 17: "SMPTE ST 428"}
+        raise ColourError(f"a transfer curve of no screen, {names.get(curve, 'not known')} (H.273 number {curve})")
     if curve == _UNSAID and any(data.type.name == "DOVI_METADATA" for data in frame.side_data):
         raise ColourError("Dolby Vision without an ordinary picture below it (profile 5)")
     if hdr:

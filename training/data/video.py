@@ -1,5 +1,6 @@
 """Video files in and out, as uint8 arrays of RGB frames."""
 
+import contextlib
 import itertools
 import os
 from collections import deque
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from avdm2_nodes.files.paths import is_folder
 from training.data.colours import ColourError, to_rgb
 from training.data.sizes import resized
 from training.data.unusable import COLOURS, DAMAGED, MISSING, SHORT
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 
-
+# Containers and streams that hold their own pictures. All else that FFmpeg would open is left shut: playlists and scripts name other
+# files.
+_CONTAINERS = ("mov", "matroska", "avi", "asf", "flv", "gif", "ivf", "mpeg", "mpegts", "mxf", "nut", "ogg", "rm",
+               "dv", "h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu")  # fmt: skip
 _WIDEST = 8  # pixels so many times as wide as high, or as high as wide
 _TICK = 1e-4  # seconds: containers round their times
 
@@ -48,7 +53,7 @@ def write_video(path, frames: np.ndarray, fps: int, crf: int = 12) -> None:
     worst. The file appears whole or not at all. VideoError for frames of another kind, odd sides (yuv420p stores one colour
     for 2 x 2 pixels), a suffix whose container takes no H.264, no such folder, no right to write or no room.
     """
-    path, frames = Path(path), np.asarray(frames)
+    frames = np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0:
         raise VideoError(
             f"Expected uint8 frames of shape (F, H, W, 3) for {path}, found {frames.dtype} {frames.shape}; convert them first."
@@ -56,10 +61,26 @@ def write_video(path, frames: np.ndarray, fps: int, crf: int = 12) -> None:
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
         raise VideoError(f"Expected even sides for {path}, found {height} x {width}; crop or pad the frames by one pixel.")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with _written(Path(path)) as temporary:
         _encode(temporary, frames, fps, crf)
         os.replace(temporary, path)
+
+
+def require_video_place(path) -> None:
+    """VideoError where `write_video` could write no video at `path`: to be told so before minutes of sampling. Nothing is left there."""
+    path = Path(path)
+    if is_folder(path):
+        raise VideoError(f"Expected a file at {path}, found a folder; give the video a name in it.")
+    with _written(path) as temporary:
+        _encode(temporary, np.zeros((1, 16, 16, 3), np.uint8), 8, 12)
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, gone at the end of the block; VideoError for what is against writing there."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
     except OSError as error:
         raise VideoError(
             f"Expected room and the right to write {path}, found: {error.strerror}; name another place or make room."
@@ -67,7 +88,8 @@ def write_video(path, frames: np.ndarray, fps: int, crf: int = 12) -> None:
     except ValueError as error:  # what FFmpeg has against the container
         raise VideoError(f"Expected a suffix that takes H.264, such as .mp4, found {path} ({error}); rename it.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _encode(path: Path, frames: np.ndarray, fps: int, crf: int) -> None:
@@ -116,9 +138,7 @@ def decode_video(
         raise VideoError(f"Expected a video in {path}, found an empty file; copy or export it again.")
     counter = itertools.count()
     try:
-        # Local files only: a playlist in disguise must not make FFmpeg open the network. Tags in other encodings do not matter.
-        source = f"file:{path.resolve()}" if data is None else BytesIO(data)
-        with av.open(source, options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
+        with _opened(av, path, data) as container:
             stream = _moving(container, path)
             stream.codec_context.thread_count = 1  # callers read several files at once
             whole = _whole(container.decode(stream), counter, path)
@@ -156,6 +176,18 @@ def decode_video(
     if len({frame.shape for frame in kept}) > 1:
         raise VideoError(f"Expected frames of one size in {path}, found several; export it again at one size.")
     return Decoded(np.stack(kept), float(rate) if rate else None)
+
+
+def _opened(av: ModuleType, path: Path, data: bytes | None) -> "av.container.InputContainer":
+    """The container, which opens nothing beside itself. VideoError for a playlist, and for other kinds that are not read."""
+    source = f"file:{path.resolve()}" if data is None else BytesIO(data)
+    only = {"protocol_whitelist": "file", "format_whitelist": ",".join(_CONTAINERS)}
+    try:
+        return av.open(source, options=only, metadata_errors="replace")  # tags in other encodings do not matter
+    except av.error.ArgumentError as error:
+        raise VideoError(
+            f"Expected a video in {path}, found a playlist, or another kind that is not read; convert it to .mp4."
+        ) from error
 
 
 def _moving(container: "av.container.InputContainer", path: Path) -> "av.VideoStream":

@@ -27,6 +27,7 @@ from training.data.clips import cover
 from training.evaluation.feature_net import content_hash
 from training.evaluation.measure import Figure, spread
 from training.evaluation.metrics import bootstrap_interval, frechet_distance
+from training.run import console
 
 Clips = Callable[[int], Tensor]  # the number of a clip -> (F, H, W, 3) uint8
 Extractor = Callable[[Tensor], Tensor]  # (N, F, H, W, 3) uint8 -> features (N, D) float32
@@ -120,10 +121,10 @@ _DISTANCES = {"i3d": ("FVD", load_i3d), "videomae": ("VideoMAE distance", load_v
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that name the networks and the real clips."""
-    parser.add_argument("--real", type=Path, metavar="FOLDER", help="real clips, for the distances")
-    parser.add_argument("--i3d", type=Path, metavar="FILE", help="i3d_torchscript.pt, for FVD")
-    parser.add_argument("--videomae", type=Path, metavar="FOLDER", help="a VideoMAE in transformers' layout")
-    parser.add_argument("--clip", type=Path, metavar="FOLDER", help="a CLIP in transformers' layout, for CLIPScore")
+    parser.add_argument("--real", type=console.path, metavar="FOLDER", help="real clips, for the distances")
+    parser.add_argument("--i3d", type=console.path, metavar="FILE", help="i3d_torchscript.pt, for FVD")
+    parser.add_argument("--videomae", type=console.path, metavar="FOLDER", help="a VideoMAE in transformers' layout")
+    parser.add_argument("--clip", type=console.path, metavar="FOLDER", help="a CLIP in transformers' layout, for CLIPScore")
 
 
 def load_networks(args: argparse.Namespace, device: torch.device | str = "cpu") -> Networks:

@@ -41,8 +41,7 @@ def contact_sheet(
             draw.text((_MARGIN, top + height / 2), name, _QUIET, _font(_LABEL), anchor="lm")
             for k, f in enumerate(np.linspace(0, len(clips[i]) - 1, shown).round().astype(int)):
                 page.paste(_zoomed(clips[i][f]), (_MARGIN + label + k * (width + _GAP), top))
-    kind = Image.registered_extensions()[Path(path).suffix.lower()]  # a temporary file's name does not tell it
-    write_atomically(path, lambda temporary: page.save(temporary, format=kind))
+    write_atomically(path, lambda temporary: page.save(temporary, format=_kind(path)))
 
 
 def animated(
@@ -80,8 +79,9 @@ def animated(
             for i, clip in enumerate(clips):
                 page.paste(_zoomed(clip[f]), (_MARGIN + label + i * (width + _GAP), top + j * (height + _GAP)))
         pages.append(page)
-    options = {"lossless": True} if Path(path).suffix.lower() == ".webp" else {}
-    pages[0].save(path, save_all=True, append_images=pages[1:], duration=round(1000 / fps), loop=0, **options)
+    options = {"lossless": True} if _kind(path) == "WEBP" else {}
+    options |= {"format": _kind(path), "save_all": True, "append_images": pages[1:], "duration": round(1000 / fps), "loop": 0}
+    write_atomically(path, lambda temporary: pages[0].save(temporary, **options))
 
 
 def plot_table(
@@ -118,7 +118,12 @@ def plot_table(
     axes[0, 0].invert_yaxis()
     for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
-    figure.savefig(path)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=Path(path).suffix[1:]))
+
+
+def _kind(path: str | Path) -> str:
+    """The format that a name says, as PIL calls it: a temporary file's name does not."""
+    return Image.registered_extensions()[Path(path).suffix.lower()]
 
 
 def _check(rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str]) -> None:

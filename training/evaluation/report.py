@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from training.evaluation.measure import BETTER, PUBLIC_BETTER, Figure
+from training.run.checkpoint import write_text_atomically
 from training.world.oracle import ATTRIBUTES
 
 _DIGITS = {"KID": 3, "Fréchet distance": 2, "motion error": 2, "jitter": 2, "diversity": 2, "seconds": 3}
@@ -34,7 +35,7 @@ QUESTIONS = {
 def write_report(
     folder: Path, title: str, rows: Mapping[str, Mapping[str, Figure]], costs: Mapping[str, dict], about: dict
 ) -> None:
-    """Writes `report.json` and `report.md` into a folder.
+    """Writes `report.json` and `report.md` into a folder, each whole or not at all.
 
     `rows` maps a row's name to its figures (value, low, high), `costs` to plain values such as evaluations and seconds; `about` says
     what was measured and with what.
@@ -44,11 +45,10 @@ def write_report(
         name: {key: dict(zip(keys, map(_finite, figure), strict=True)) for key, figure in row.items()} | costs.get(name, {})
         for name, row in rows.items()
     }
-    (folder / "report.json").write_text(
-        json.dumps({"title": title, **about, "rows": table}, indent=1, ensure_ascii=False) + "\n"
-    )
     facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    (folder / "report.md").write_text(f"# {title}\n\n{facts}\n\n{markdown_table(rows, costs)}")
+    said = json.dumps({"title": title, **about, "rows": table}, indent=1, ensure_ascii=False)
+    write_text_atomically(folder / "report.json", said + "\n")
+    write_text_atomically(folder / "report.md", f"# {title}\n\n{facts}\n\n{markdown_table(rows, costs)}")
 
 
 def _finite(value: float) -> float | None:

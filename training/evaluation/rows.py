@@ -24,6 +24,7 @@ from training.evaluation.backbones import Networks
 from training.evaluation.feature_net import VideoFeatures
 from training.evaluation.measure import Figure, figures, measure
 from training.run.checkpoint import write_atomically
+from training.run.folder import told_of_disk
 from training.run.precision import autocast, lent
 from training.run.randomness import sample_generators
 from training.world import scenes
@@ -170,11 +171,15 @@ class VideoBench(Gallery):
 
 
 def kept(path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What `make` measures, from the file at `path` if it was measured before: a table goes on at the row where it stopped."""
+    """What `make` measures, from the file at `path` if it was measured before: a table goes on at the row where it stopped.
+
+    RunFolderError where it cannot be written.
+    """
     if path.exists():
         return load_file(path)
     row = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in row.items()}
-    write_atomically(path, lambda temporary: save_file(arrays, temporary))
+    with told_of_disk(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: save_file(arrays, temporary))
     return row

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from avdm2_nodes.files.paths import is_file, lies_at
 from training.evaluation.measure import BETTER, PUBLIC_BETTER, Figure
 from training.evaluation.pictures import animated, contact_sheet, plot_table
 from training.evaluation.report import tables_by_question, write_report
 from training.evaluation.rows import Bench, Method, VideoBench, kept
+from training.run.checkpoint import write_text_atomically
+from training.run.folder import RunFolderError, require_writable, told_of_disk
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +54,12 @@ class Table:
         self.rows[name] = {key: (float(np.mean(v)), min(v), max(v)) for key, v in values.items()}
 
     def write(self, about: dict, page: Path | None) -> None:
-        """report.json, report.md, clips.png, clips.webp, plot.png; and the tables into `page`, between its markers."""
-        write_report(self.folder, "What distillation buys", self.rows, self.costs, about)
-        captions = self.bench.prompts[:SHOWN]
-        contact_sheet(self.shown, captions, self.folder / "clips.png")
-        animated(self.shown, self.folder / "clips.webp", captions=captions)
-        plotted = {name: {key: row[key] for key in PLOTTED if key in row} for name, row in self.rows.items()}
-        plot_table(plotted, self.folder / "plot.png", better=BETTER | PUBLIC_BETTER)
+        """report.json, report.md, clips.png, clips.webp, plot.png; and the tables into `page`, between its markers.
+
+        RunFolderError where one cannot be written.
+        """
+        with told_of_disk(self.folder):
+            self._write(about)
         if page is not None:
             short = {name: row for name, row in self.rows.items() if name.endswith(SHORT)}
             rows = {name: row for name, row in self.rows.items() if name not in short}
@@ -65,6 +67,14 @@ class Table:
             if short:
                 of_seeds = about | {"student": "one a row and training seed: the mean of the seeds, and their range"}
                 insert(page, "ablations", tables_by_question(short, self.costs), of_seeds)
+
+    def _write(self, about: dict) -> None:
+        write_report(self.folder, "What distillation buys", self.rows, self.costs, about)
+        captions = self.bench.prompts[:SHOWN]
+        contact_sheet(self.shown, captions, self.folder / "clips.png")
+        animated(self.shown, self.folder / "clips.webp", captions=captions)
+        plotted = {name: {key: row[key] for key in PLOTTED if key in row} for name, row in self.rows.items()}
+        plot_table(plotted, self.folder / "plot.png", better=BETTER | PUBLIC_BETTER)
 
     def _add(self, name: str, make: Callable[[], tuple[np.ndarray, float]], of: str = "") -> float:
         def measured() -> dict[str, np.ndarray]:
@@ -81,10 +91,22 @@ class Table:
         return self.folder / "rows" / ("".join(c if c.isalnum() else "-" for c in name) + ".safetensors")
 
 
+def require_page(page: Path | None) -> None:
+    """RunFolderError where `insert` could not write: to be told so before hours of measuring."""
+    if page is not None and not is_file(page):
+        raise RunFolderError(f"Expected a page for the tables at {page}, found {lies_at(page)}; name another with --page.")
+    if page is not None:
+        require_writable(page.parent, "--page")
+
+
 def insert(page: Path, section: str, tables: str, about: dict) -> None:
-    """Puts tables and what they were measured with between a section's markers, `<!-- section -->` and `<!-- end of section -->`."""
+    """Puts tables and what they were measured with between a section's markers, `<!-- section -->` and `<!-- end of section -->`.
+
+    RunFolderError where it cannot be written.
+    """
     begin, end = f"<!-- {section} -->", f"<!-- end of {section} -->"
-    head, _, rest = page.read_text().partition(begin)
+    head, _, rest = page.read_text(encoding="utf-8").partition(begin)
     _, _, tail = rest.partition(end)
     facts = "; ".join(f"{key}: {value}" for key, value in about.items())
-    page.write_text(f"{head}{begin}\n{tables}\n{facts}.\n{end}{tail}")
+    with told_of_disk(page.parent):
+        write_text_atomically(page, f"{head}{begin}\n{tables}\n{facts}.\n{end}{tail}")

@@ -45,6 +45,11 @@ def write_atomically(path: Path, write) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes a text in UTF-8, whole or not at all. OSError where there is no room or no right."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def _split(node, tensors: dict, name: str):
     """The JSON skeleton of `node`; its tensors go to `tensors` under their dotted place."""
     if isinstance(node, torch.Tensor):

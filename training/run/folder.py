@@ -6,10 +6,13 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from avdm2_nodes.files.sentences import one_line
+from safetensors import SafetensorError
+
+from avdm2_nodes.files.sentences import one_line, reason
 from training.run.config import DistillConfig, to_yaml, training_changes
 from training.run.reading import UnreadableError, parsed, read_json, read_text
 
@@ -134,14 +137,41 @@ class RunFolder:
         self._stats = self._lock = None
 
 
+def require_writable(folder: Path, setting: str = "--out") -> None:
+    """RunFolderError where no file could be written into a folder, one that is yet to be made too: to be told so before hours of work.
+
+    Nothing is made or left there.
+    """
+    folder = Path(folder).absolute()
+    try:
+        place = folder
+        while not _lies(place):
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: of a name that no file can have
+        raise RunFolderError(
+            f"Expected a folder that can be written at {folder}, found: {reason(error)}; name another with {setting}."
+        ) from error
+
+
+def _lies(path: Path) -> bool:
+    """Whether anything is there, a link to nothing too. OSError, ValueError for a name that no file can have."""
+    try:
+        os.lstat(path)
+        return True
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def told_of_disk(path: Path) -> Iterator[None]:
     """What the operating system has against a file of the folder, as RunFolderError."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         raise RunFolderError(
-            f"Expected room and the right to write into {path}, found: {error.strerror or error}; "
+            f"Expected room and the right to write into {path}, found: {reason(error)}; "
             "clear the way and give the command again: it goes on."
         ) from error
 

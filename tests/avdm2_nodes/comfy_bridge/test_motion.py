@@ -162,6 +162,9 @@ def test_strength_scales_what_motion_adds(comfyui, image_model, from_file, x, te
             if ".motion_modules." in name and ".proj_out." in name:
                 parameter *= 0.6
     assert difference(evaluate(model(0.6), x, 749, text), diffusers_eps(unet, x, 749, text)) < EVALUATION
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"^Expected a finite number for strength, found {value}; set it anew\.$"):
+            model(value)
 
 
 def test_a_batch_that_is_no_clips_is_refused(comfyui, image_model, from_file, loaded):

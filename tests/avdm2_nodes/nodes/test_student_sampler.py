@@ -112,6 +112,16 @@ def test_a_denoise_that_leaves_no_step_is_refused(comfyui, sample, evaluations):
     assert not evaluations
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_denoise_that_is_not_finite_is_refused(comfyui, student, sample, evaluations, value):
+    said = rf"^Expected a finite number for denoise, found {value}; set it anew\.$"
+    with pytest.raises(ValueError, match=said):
+        sample(comfyui.empty(), denoise=value)
+    with pytest.raises(ValueError, match=said):
+        comfyui.run("AVDM2Steps", student=student, steps=0, denoise=value)
+    assert not evaluations
+
+
 def test_joined_prompts_are_read(comfyui, loaded, sample, student_reference):
     one, other = comfyui.prompt(loaded.clip), comfyui.prompt(loaded.clip, "a small red square standing still")
     (joined,) = comfyui.run("ConditioningConcat", conditioning_to=one, conditioning_from=other)

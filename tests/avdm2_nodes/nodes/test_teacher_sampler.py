@@ -52,6 +52,14 @@ def test_joined_and_long_prompts_are_read_beside_shorter_ones(comfyui, loaded, s
     assert same(clip, teacher_reference(text, torch.cat([empty, empty], 1), clip.shape, 9, 4, 3.0))
 
 
+@pytest.mark.parametrize("name", ["cfg", "denoise"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_refused(comfyui, sample, evaluations, name, value):
+    with pytest.raises(ValueError, match=rf"^Expected a finite number for {name}, found {value}; set it anew\.$"):
+        sample(comfyui.empty(), **{name: value})
+    assert not evaluations
+
+
 def test_the_first_noise_is_the_students(comfyui, loaded, sample, student, evaluations):
     sample(comfyui.empty())
     options = {"positive": comfyui.prompt(loaded.clip), "latent": comfyui.empty(), "seed": 9, "steps": 4, "denoise": 1.0}

@@ -134,6 +134,24 @@ def test_colours_that_are_not_known_are_named(tmp_path):
         to_rgb(next(container.decode(video=0)))
 
 
+@pytest.mark.parametrize("curve", [8, 9, 10, 17])
+def test_curves_that_are_not_made_for_a_screen_are_named(tmp_path, curve):
+    """Linear light, log and the cinema's: read as they are they would be too dark or too pale."""
+    zero = np.zeros(8)
+    path = encode_planes(tmp_path / "x.mkv", planes(PALETTE[:, 0], zero, zero), "yuv444p", "ffv1", curve=curve)
+    with pytest.raises(VideoError, match=f"found a transfer curve of no screen, .*number {curve}.; convert it") as caught:
+        read_video(path, 2)
+    assert caught.value.kind == "in colours that are not read" and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("curve", [2, 4, 5, 6, 7, 11, 13, 14, 15])
+def test_curves_of_ordinary_screens_are_read_alike(tmp_path, curve):
+    zero = np.zeros(8)
+    for number in (1, curve):
+        encode_planes(tmp_path / f"{number}.mkv", planes(PALETTE[:, 0], zero, zero), "yuv444p", "ffv1", curve=number)
+    assert np.array_equal(read_video(tmp_path / "1.mkv", 2), read_video(tmp_path / f"{curve}.mkv", 2))
+
+
 def test_ordinary_frames_are_what_the_codec_library_makes_of_them(tmp_path):
     zero = np.zeros(8)
     path = encode_planes(tmp_path / "x.mkv", planes(PALETTE[:, 0], zero, zero), "yuv444p", "ffv1", matrix=1, curve=1)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.training.data.conftest import FILES
-from training.data.video import VideoError, decode_video, oriented, read_video, write_video
+from training.data.video import VideoError, decode_video, oriented, read_video, require_video_place, write_video
 from training.world.scenes import all_contents, render, render_split
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -146,6 +146,25 @@ def test_a_missing_folder_is_refused(tmp_path, clip):
         write_video(tmp_path / "no-folder" / "clip.mp4", clip, 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no-folder/clip.mp4", "found: No such file"),
+        ("folder", "found a folder"),
+        ("clip.xyz", "a suffix that takes H.264"),
+        ("c" * 252 + ".mp4", "found: File name too long"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_beforehand(tmp_path, video, name, said):
+    (tmp_path / "folder").mkdir()
+    before = video.read_bytes()
+    with pytest.raises(VideoError, match=said):
+        require_video_place(tmp_path / name)
+    require_video_place(video)
+    require_video_place(tmp_path / "new.mkv")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4", "folder"] and video.read_bytes() == before
+
+
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(VideoError, match=r"gone\.mp4, found nothing"):
         read_video(tmp_path / "gone.mp4", 8)
@@ -167,6 +186,44 @@ def test_files_that_are_no_video(tmp_path, content):
     with pytest.raises(VideoError, match=r"fake\.mp4") as caught:
         read_video(tmp_path / "fake.mp4", 8)
     assert "\n" not in str(caught.value)
+
+
+DASH = """<?xml version="1.0"?>
+<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT2S"
+ profiles="urn:mpeg:dash:profile:isoff-on-demand:2011">
+<Period><AdaptationSet mimeType="video/mp4"><Representation id="0" bandwidth="9" width="64" height="64">
+<BaseURL>clip.mp4</BaseURL></Representation></AdaptationSet></Period></MPD>
+"""
+SCRIPTS = {
+    "concat": "ffconcat version 1.0\nfile clip.mp4\n",
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nclip.mp4\n#EXT-X-ENDLIST\n",
+    "dash": DASH,
+}
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_script_does_not_reach_another_video(tmp_path, video, kind):
+    (tmp_path / "list.mp4").write_text(SCRIPTS[kind])
+    for data in (None, SCRIPTS[kind].encode()):
+        with pytest.raises(VideoError, match=r"list\.mp4, found .*another kind"):
+            read_video(tmp_path / "list.mp4", 8, data=data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec"),
+    [("mpegts", "libx264"), ("flv", "libx264"), ("nut", "libx264"), ("asf", "mpeg4"), ("ogg", "libtheora"), ("mpeg", "mpeg2video"),
+     ("ivf", "libvpx-vp9"), ("matroska", "ffv1")],
+)  # fmt: skip
+def test_containers_under_another_suffix(tmp_path, clip, kind, codec):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this FFmpeg has no {codec}")
+    with av.open(str(tmp_path / "clip.mp4"), "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for array in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+    assert read_video(tmp_path / "clip.mp4", 8).shape == (8, 64, 64, 3)
 
 
 def test_sound_alone_is_no_video(tmp_path):

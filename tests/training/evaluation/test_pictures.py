@@ -1,3 +1,6 @@
+import errno
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -73,3 +76,26 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="measure first"):
         pictures.plot_table({"a": {}}, tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    table = {"teacher": {"accuracy": (0.9, 0.88, 0.92)}}
+    writers = {
+        "sheet.png": lambda path: pictures.contact_sheet(ROWS, CAPTIONS, path),
+        "clip.webp": lambda path: pictures.animated(ROWS, path),
+        "clip.gif": lambda path: pictures.animated(ROWS, path),
+        "bars.png": lambda path: pictures.plot_table(table, path),
+    }
+    for name, write in writers.items():
+        write(tmp_path / name)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == writers.keys()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for name, write in writers.items():
+        with pytest.raises(OSError, match="No space left on device"):
+            write(tmp_path / name)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

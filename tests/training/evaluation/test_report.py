@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 
@@ -67,3 +69,17 @@ def test_a_figure_that_is_not_finite_leaves_the_json_valid(tmp_path, value):
         raise AssertionError(constant)
 
     json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+
+
+def test_a_report_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_report(tmp_path, "before", ROWS, COSTS, {})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == {"report.json", "report.md"}
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_report(tmp_path, "after", ROWS, COSTS, {})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

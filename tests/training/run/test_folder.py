@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from training.run.config import ROOT, from_yaml, to_yaml
-from training.run.folder import RunFolder, RunFolderError, told_of_disk
+from training.run.folder import RunFolder, RunFolderError, require_writable, told_of_disk
 
 CONFIG = from_yaml("run: {seed: 1}")
 
@@ -224,6 +224,17 @@ def test_other_clips_than_a_run_was_begun_with_are_refused(tmp_path):
         (tmp_path / "clips.json").unlink()  # also a run of before
         folder.hold_to(others, resumes=True)
         folder.hold_to(others, resumes=True)
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "link", "n" * 256, "a\0b"])
+def test_a_place_that_cannot_be_written_is_told_beforehand(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(RunFolderError, match=r"^Expected a folder that can be written at .*; name another with --x\.$"):
+        require_writable(tmp_path / name, "--x")
+    require_writable(tmp_path)
+    require_writable(tmp_path / "new" / "below")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
 def test_a_full_disk_is_told(tmp_path):
