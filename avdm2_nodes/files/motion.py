@@ -52,8 +52,9 @@ def load_motion_file(path: Path, heads: int | None = None, norm_groups: int = 32
     for another number of heads.
     """
     path = Path(path)
-    kind = require(path, (*_KINDS, _WHOLE), "an AnimateDiff motion module for SD1.5")
-    heads = heads or whole_number(read_layout(path).metadata.get(HEADS_KEY, "8")) or 8
+    layout = read_layout(path)
+    kind = require(path, (*_KINDS, _WHOLE), "an AnimateDiff motion module for SD1.5", layout)
+    heads = heads or whole_number(layout.metadata.get(HEADS_KEY, "8")) or 8
     original = {key: tensor for key, tensor in read_tensors(path).items() if ".motion_modules." in key}
     if kind.id == _WHOLE:
         kind = recognise(Layout({key: tuple(tensor.shape) for key, tensor in original.items()}))

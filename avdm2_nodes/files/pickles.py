@@ -15,6 +15,7 @@ MOST_TENSORS = 50_000  # in a file; the largest models have some thousand
 LONGEST_NAME = 256  # characters of a tensor's name; real ones have some hundred
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_MOST_PICKLED = 10_000  # tensors in a pickle, which takes 0.2 ms for each every time that it is read
 _PROGRAM_LIMIT = 16 * 2**20  # bytes of the pickle itself, beside its tensors; a checkpoint of SD1.5 has half a million
 # torch lets them run, no file of weights has them, and they take as much memory as a number in the file says.
 _ROOM_FROM_A_NUMBER = re.compile(rb"c(?:__builtin__|builtins)\n(bytearray)\n|ctorch(?:\.\w+)*\n(\w+Tensor)\n")
@@ -95,6 +96,11 @@ def _require_modest_program(path: Path, zipped: bool) -> None:
         with path.open("rb") as file:
             texts = [file.read(_PROGRAM_LIMIT)]
     for text in texts:
+        # Each tensor fetches its numbers by the operation Q; names have hardly any such letter.
+        if (count := text.count(b"Q")) > _MOST_PICKLED:
+            raise FileFormatError(
+                f"Expected a model file at {path}, found a pickle of some {count} tensors, more than any has; choose another file."
+            )
         if found := _ROOM_FROM_A_NUMBER.search(text):
             raise needs_code(path, f" ({(found[1] or found[2]).decode()})")
 

@@ -25,9 +25,12 @@ class Kind:
     phrase: str
 
 
-def require(path: Path, ids: Collection[str], expected: str) -> Kind:
-    """The kind of the file at `path`; FileFormatError, which says `expected`, where its id is none of `ids`."""
-    kind = recognise(read_layout(path))
+def require(path: Path, ids: Collection[str], expected: str, layout: Layout | None = None) -> Kind:
+    """The kind of the file at `path`; FileFormatError, which says `expected`, where its id is none of `ids`.
+
+    Who has read its `layout` gives it, for a pickle's takes seconds.
+    """
+    kind = recognise(layout or read_layout(path))
     if kind.id not in ids:
         raise FileFormatError(f"Expected {expected} at {path}, found {kind.phrase}; choose another file.")
     return kind

@@ -31,8 +31,9 @@ def load_sd15_file(path: Path) -> tuple[UNet2DConditionModel, AutoencoderKL, CLI
     FileFormatError for a file that is something else, is damaged, lacks one of the three, or predicts something else than noise.
     """
     path = Path(path)
-    require(path, ("sd15",), "an SD1.5 checkpoint")
-    require_epsilon(path, read_layout(path))
+    layout = read_layout(path)
+    require(path, ("sd15",), "an SD1.5 checkpoint", layout)
+    require_epsilon(path, layout)
     tensors = read_tensors(path)
     parts = {
         "the UNet": (_new_unet, _unet_to_diffusers(_below(tensors, _UNET))),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-SECONDS, WALL = 10, 60  # of the processor's time, and of the clock on a busy machine (what waits for ever takes no processor)
+SECONDS, WALL = 10, 300  # of the processor's time, and of the clock on a busy machine (what waits for ever takes no processor)
 ROOM = 2**30  # bytes that a case may take
 BLOCK = 200  # cases for which children are made, one for each processor
 LIMIT = 4 * ROOM  # and beyond which it is refused them

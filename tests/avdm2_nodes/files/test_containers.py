@@ -356,6 +356,14 @@ def test_a_pickle_that_asks_for_memory_by_a_number(tmp_path):
         assert f"needs code to run ({name})" in refused(path)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_of_more_tensors_than_any_model_is_not_unpickled(tmp_path, zipped):
+    """Each takes 0.2 ms, every time that the file is looked at: a small file took a minute."""
+    path = tmp_path / "many.ckpt"
+    torch.save({f"layer{i}.weight": torch.zeros(1) for i in range(12_000)}, path, _use_new_zipfile_serialization=zipped)
+    assert re.search(r"found a pickle of some 1[2-5]\d{3} tensors, more than any has; choose another file\.$", refused(path))
+
+
 def test_a_compressed_zip_is_not_unpacked(tmp_path):
     path = tmp_path / "a.ckpt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a/data.pkl", "w") as entry:
