@@ -46,6 +46,7 @@ CORE = {
     "LoadVideo": ({}, ["VIDEO"], 1),
     "LoraLoader": ({"model": "MODEL", "clip": "CLIP"}, ["MODEL", "CLIP"], 3),
     "MarkdownNote": ({}, [], 1),
+    "MaskComposite": ({"destination": "MASK", "source": "MASK"}, ["MASK"], 3),
     "PrimitiveInt": ({}, ["INT"], 2),
     "RepeatLatentBatch": ({"samples": "LATENT"}, ["LATENT"], 1),
     "SamplerCustom": (
@@ -57,6 +58,8 @@ CORE = {
         4,
     ),
     "SaveVideo": ({"video": "VIDEO"}, [], 3),
+    "SetLatentNoiseMask": ({"samples": "LATENT", "mask": "MASK"}, ["LATENT"], 0),
+    "SolidMask": ({}, ["MASK"], 3),
     "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ["IMAGE"], 0),
     "VAEEncode": ({"pixels": "IMAGE", "vae": "VAE"}, ["LATENT"], 0),
 }  # fmt: skip
