@@ -41,6 +41,7 @@ SMALL = {  # so that a CPU does it in minutes
     "ImageScale": ["lanczos", 64, 64, "center"],
     "LoadVideo": ["clip.mp4", "image"],
     "AVDM2TeacherSampler": [1, "fixed", 2, 7.5, 1.0],
+    "AVDM2StyleTraining": ["neon of miniature (bundled)", "neon", 6, "", "the model's own"],
     "AVDM2Distillation": ["rendered clips (for the miniature)", "short", 6, "fits 24 GB", "", "the model's own"],
 }
 
@@ -156,7 +157,8 @@ def test_every_workflow_is_run_by_one_of_these_tests():
 
 @pytest.mark.parametrize("path", MINIATURE, ids=lambda path: path.stem)
 def test_comfy_run_passes_for_the_miniature(server, tmp_path, path):
-    comfy_run(server, made_small(path, tmp_path) if "Distillation" in path.stem else path)
+    trains = "training" in path.stem or "Distillation" in path.stem
+    comfy_run(server, made_small(path, tmp_path) if trains else path)
 
 
 def test_each_sd15_workflow_passes_and_unloading_gives_its_memory_back(server, tmp_path, record_property):
