@@ -60,7 +60,7 @@ def write_models(base: Path) -> None:
         save_file(values(original_checkpoint(**SD15), seed, torch.float16), models / "checkpoints" / name)
     motion = values(original_motion(), dtype=torch.float16)
     torch.save(motion, models / "animatediff_models" / MOTION)
-    save_file(values(original_motion(), 1, torch.float16), models / "animatediff_models" / LIGHTNING)
+    save_file(values(original_motion(mid=True), 1, torch.float16), models / "animatediff_models" / LIGHTNING)
     write_lora(next(models / kind / name for kind, name in needs if kind == "loras"))
     write_controlnet(next(models / kind / name for kind, name in needs if "canny" in name))
     (base / "input").mkdir(exist_ok=True)
