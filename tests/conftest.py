@@ -116,7 +116,7 @@ def make_distillation():
     def make(stack, config, score_unet=None, processes=None):
         roles = new_roles(config, stack, score_unet, half=config.run.precision == "bf16")
         torch.manual_seed(0)
-        heads = DiscriminatorHeads(list(WIDTHS), 16)
+        heads = DiscriminatorHeads(list(WIDTHS), 16, config.adm.motion)
         return Distillation(config, roles, heads, torch.zeros(1, TOKENS, TEXT_WIDTH), torch.device("cpu"), processes)
 
     return make

@@ -114,7 +114,10 @@ def narrow_distillation(config: DistillConfig, stack: Stack | None = None) -> Di
         half=config.run.precision != "float32",
     )
     widths = NARROW["block_out_channels"]
-    heads, empty = DiscriminatorHeads([*widths[-3:-1], widths[-1]]), torch.zeros(1, TOKENS, TEXT_WIDTH)
+    heads, empty = (
+        DiscriminatorHeads([*widths[-3:-1], widths[-1]], motion=config.adm.motion),
+        torch.zeros(1, TOKENS, TEXT_WIDTH),
+    )
     run = Distillation(config, roles, heads, empty, torch.device("cpu"))
     for learner in (run.student, run.fake, run.critic):
         learner.optimiser.param_groups[0]["foreach"] = True

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from training.cost.operations import SD15, V3, Inputs, as_on_a_gpu, meta_inputs, meta_roles
+from training.method.adm import kinds_judged, looks
 from training.method.discriminator import DiscriminatorHeads, judge_as_they_stand
-from training.method.loop import kinds_judged, looks
 from training.method.masters import gather
 from training.method.roles import Roles
 from training.run.config import DistillConfig
@@ -143,9 +143,17 @@ def plan_of(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, inpu
         "heads' optimiser": state * sum(w.numel() for w in judges),
         "averaged weights": bytes_of(student),
     }
+    if config.adm.pool:
+        standing["clips that the heads go on learning from"] = _pool_bytes(config, roles, inputs)
     turns = {name: peak_bytes(turn) for name, turn in _turns(config, roles, heads, inputs).items()}
     _forget((*student, *fake, *judges))
     return Plan(standing, {f"turn of the {name}: gradients and activations": size for name, size in turns.items()})
+
+
+def _pool_bytes(config: DistillConfig, roles: Roles, inputs: Inputs) -> int:
+    """Of the features in the pool, for one process."""
+    features = bytes_of(roles.encoder(inputs.x, inputs.t, inputs.text)) / len(inputs.x)
+    return round((config.adm.pool + 1) * config.run.batch * kinds_judged(config) * features)
 
 
 def _turns(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, inputs: Inputs) -> dict[str, Callable]:

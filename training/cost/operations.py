@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
 from avdm2_nodes.diffusion.unets import video_unet
 from avdm2_nodes.files.stack import Stack
+from training.method.adm import kinds_judged
 from training.method.discriminator import DiscriminatorHeads
 from training.method.loop import Phase, phase_of
 from training.method.roles import Roles, build_roles
@@ -75,7 +76,7 @@ def meta_roles(
             score_unet=style if model.train == "style" else None,
         )
         widths = stack.image_unet.config.block_out_channels
-        return roles, DiscriminatorHeads([*widths[-3:-1], widths[-1]])
+        return roles, DiscriminatorHeads([*widths[-3:-1], widths[-1]], motion=config.adm.motion)
 
 
 @dataclass(frozen=True)
@@ -171,12 +172,13 @@ def update_cost(config: DistillConfig, parts: Parts, phase: Phase) -> dict[str, 
         real = 1 if sdm.guidance == 1 else 2
         cost["SDM"] = sdm_share * frames * (1 + real) * parts.score
     if phase.adm:
-        cost["ADM"] = adm_share * (parts.encoder_through + parts.heads_learn)
+        beside = parts.encoder + parts.heads if adm.relativistic else 0
+        cost["ADM"] = adm_share * (parts.encoder_through + parts.heads_learn + beside)
     if phase.critics and sdm.weight > 0:
         cost["fake score"] = sdm_share * sdm.updates_per_student * frames * parts.fake_learns
     if phase.critics and adm.weight > 0:
-        judgements = 2 + (adm.r1_weight > 0)
-        cost["heads"] = adm_share * adm.updates_per_student * judgements * (parts.encoder + parts.heads_learn)
+        looks = 1 if adm.pool else adm.updates_per_student
+        cost["heads"] = adm_share * kinds_judged(config) * (looks * parts.encoder + adm.updates_per_student * parts.heads_learn)
     return cost
 
 

@@ -2,34 +2,25 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from avdm2_nodes.diffusion.samplers import backward_simulation, draw_noise, teacher_x0, to_device
-from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO, Schedule
-from avdm2_nodes.diffusion.sdm import score_pair, sdm_gradient
+from avdm2_nodes.diffusion.samplers import teacher_x0, to_device
 from training.data.latents import LatentClips
 from training.data.order import indices, rank_places
-from training.method.discriminator import DiscriminatorHeads, judge_as_they_stand
+from training.method.adm import Adm
+from training.method.discriminator import DiscriminatorHeads
 from training.method.ema import EMA
 from training.method.learner import Learner, new_optimiser
-from training.method.losses import (
-    adm_discriminator_loss,
-    adm_student_loss,
-    approximate_r1,
-    denoising_loss,
-    guidance_loss,
-    scale_gradient,
-    sdm_loss,
-)
+from training.method.losses import guidance_loss
+from training.method.made import Made, make_clips
 from training.method.masters import Weights
 from training.method.roles import Roles
+from training.method.sdm import Sdm
 from training.run.checkpoint import Checkpoints
 from training.run.config import DistillConfig
 from training.run.folder import RunFolder, RunFolderError
@@ -37,43 +28,8 @@ from training.run.meter import Meter
 from training.run.parent import Stop, StoppedError, never
 from training.run.precision import uses_bf16
 from training.run.processes import Processes
-from training.run.randomness import chain_steps, draw_frames, draw_timesteps, sample_generators
 
 logger = logging.getLogger(__name__)
-
-
-def kinds_judged(config: DistillConfig) -> int:
-    """How many kinds of clips the heads learn from: the student's, real ones, and with R1 real ones that are perturbed."""
-    return 2 + (config.adm.r1_weight > 0)
-
-
-def looks(part: int, kinds: int) -> int:
-    """Turns of parts of so many clips that the critics' encoder looks at in one batch: eight clips, or one turn that has more.
-
-    It keeps no activations for a gradient, so they may be more than the student learns from at once.
-    """
-    return max(1, 8 // (part * kinds))
-
-
-@dataclass
-class Made:
-    """Clips that the student made for one part of a batch: they serve its own update and, detached, the critics'."""
-
-    samples: Sequence[int]  # global sample numbers, which key all randomness
-    text: Tensor  # (B, L, D)
-    real: Tensor  # (B, C, F, h, w), clips of the data with the same captions
-    x_t: Tensor  # (B, C, F, h, w), states of the student's chain at t
-    t: Tensor  # (B,)
-    next_t: Tensor  # (B,) timesteps that the chain goes on at, 0 at its end; on the CPU
-    fake: Tensor  # (B, C, F, h, w), the x0 that it made of x_t, detached
-    seen: dict[int, list[Tensor] | None] = field(default_factory=dict)  # by the critics' turn: what `look` left for its loss
-
-    def __getitem__(self, chosen: list[int]) -> "Made":
-        """The clips of these places in the batch only."""
-        if len(chosen) == len(self.samples):
-            return self
-        tensors = (self.text, self.real, self.x_t, self.t, self.next_t, self.fake)
-        return Made([self.samples[i] for i in chosen], *(tensor[chosen] for tensor in tensors))
 
 
 class Phase(NamedTuple):
@@ -117,10 +73,11 @@ class Distillation:
         self.critic = learner("discriminator", dict(heads.named_parameters()), adm.lr, adm.betas)
         self.ema = EMA(roles.student_weights, student.ema)
 
-        self.kinds = kinds_judged(config)
+        self.sdm, self.adm = Sdm(config, roles, empty_text), Adm(config, roles, heads, self.processes)
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name).state_dict() for name in ("student", "fake", "critic", "ema")}
+        parts = ("student", "fake", "critic", "ema", *(("adm",) if self.config.adm.pool else ()))
+        return {name: getattr(self, name).state_dict() for name in parts}
 
     def load_state_dict(self, state: dict) -> None:
         for name, part in state.items():
@@ -131,53 +88,6 @@ class Distillation:
         self.ema.swap()
         self.student.refresh()
 
-    def make_clips(self, real: Tensor, text: Tensor, samples: range) -> tuple[Made, Tensor]:
-        """The student's clips, each at a step of its own chain, and the same x0 (B, C, F, h, w) with its gradient."""
-        config = self.config
-        timesteps = torch.as_tensor(config.student.steps)
-        steps = chain_steps(samples, len(timesteps), config.run.seed)
-        generators = sample_generators(samples, config.run.seed, "student")
-        noise = draw_noise(real.shape, generators, self.device)
-        x_t, x0 = backward_simulation(self.roles.student, noise, text, config.student.steps, steps, generators)
-        # x0 = (x_t - sigma eps) / alpha magnifies an error of eps up to 25 times, and its gradient with it.
-        t = to_device(timesteps[steps], self.device)
-        alpha, sigma = VIDEO.alpha_sigma(t, x0)
-        next_t = torch.cat([timesteps[1:], torch.zeros(1, dtype=torch.long)])[steps]
-        return Made(samples, text, real, x_t, t, next_t, x0.detach()), scale_gradient(x0, (alpha / sigma).clamp(max=1.0))
-
-    def judged_from(self, made: Made, schedule: Schedule) -> Tensor:
-        """(B,) timesteps of a schedule at and above which the clips are judged.
-
-        An x0 in the middle of the chain is diffused to the next step, so its law matters at that much noise and more only; judged
-        at less, each step would have to be a one-step generator (Phased DMD, arXiv 2510.27684).
-        """
-        if not self.config.student.phased:
-            return torch.zeros_like(made.next_t)
-        return schedule.timestep_of(VIDEO.alphas_cumprod[made.next_t])
-
-    def judged(self, made: Made, schedule: Schedule, t_max: int) -> list[int]:
-        """The places of the clips that a loss judges: those whose lowest timestep to be judged at lies within its range."""
-        return (self.judged_from(made, schedule) < t_max).nonzero().flatten().tolist()
-
-    def draw_frames(self, made: Made, clips: Tensor, generators) -> tuple[Tensor, ...]:
-        """K random frames of each clip (B * K, C, h, w), and noise, timesteps (B * K,) and text (B * K, L, D) for them."""
-        config, count = self.config.sdm, self.config.sdm.frames
-        draws = 1 if config.shared_noise else count
-        chosen = draw_frames(generators, clips.shape[2], count).to(self.device)
-        frames = clips.transpose(1, 2)[torch.arange(len(clips), device=self.device)[:, None], chosen]
-        low = self.judged_from(made, IMAGE).clamp(min=config.t_min)
-        t = torch.stack([draw_timesteps(generators, low, config.t_max) for _ in range(draws)], 1).to(self.device)
-        noise = draw_noise((len(clips), draws, *frames.shape[2:]), generators, self.device)
-        t, noise = t.expand(-1, count), noise.expand(-1, count, -1, -1, -1)
-        return frames.flatten(0, 1), noise.flatten(0, 1), t.flatten(), made.text.repeat_interleave(count, 0)
-
-    def diffuse(self, made: Made, clips: Tensor, generators) -> tuple[Tensor, Tensor]:
-        """(x_t, t): clips diffused to random timesteps of ADM's range."""
-        config = self.config.adm
-        t = draw_timesteps(generators, self.judged_from(made, VIDEO).clamp(min=config.t_min), config.t_max)
-        t = to_device(t, self.device)
-        return VIDEO.diffuse(clips, draw_noise(clips.shape, generators, self.device), t), t
-
     def guidance(self, made: Made, clips: Tensor) -> Tensor:
         """The loss that teaches the student what its guide, with CFG, makes of its states, on the way to the next step."""
         warmup = self.config.warmup
@@ -187,87 +97,6 @@ class Distillation:
         )  # fmt: skip
         return guidance_loss(clips, guided_x0)
 
-    def sdm(self, made: Made, clips: Tensor) -> Tensor:
-        """The student's SDM loss on its clips, one that is not judged counting as 0."""
-        config, roles = self.config.sdm, self.roles
-        judged = self.judged(made, IMAGE, config.t_max)
-        if not judged:
-            return 0 * clips.sum()
-        share, made, clips = len(judged) / len(clips), made[judged], clips[judged]
-        generators = sample_generators(made.samples, self.config.run.seed, "sdm")
-        frames, noise, t, text = self.draw_frames(made, clips, generators)
-        fake_x0, real_x0 = score_pair(
-            frames.detach(), noise, t, text, self.empty_text, roles.real_score, roles.fake_score, config.guidance
-        )
-        return share * sdm_loss(frames, sdm_gradient(frames.detach(), fake_x0, real_x0))
-
-    def adm(self, made: Made, clips: Tensor) -> Tensor:
-        """The student's ADM loss, likewise; the gradient flows through the frozen encoder, and through the heads as they stand."""
-        judged = self.judged(made, VIDEO, self.config.adm.t_max)
-        if not judged:
-            return 0 * clips.sum()
-        share, made, clips = len(judged) / len(clips), made[judged], clips[judged]
-        generators = sample_generators(made.samples, self.config.run.seed, "adm")
-        x_t, t = self.diffuse(made, clips, generators)
-        return share * adm_student_loss(judge_as_they_stand(self.heads, self.roles.encoder(x_t, t, made.text)))
-
-    def fake_loss(self, made: Made, turn: int) -> Tensor:
-        """The fake score's denoising loss on frames of the student's clips, at the noise that SDM asks it about."""
-        judged = self.judged(made, IMAGE, self.config.sdm.t_max)
-        if not judged:
-            return torch.zeros((), device=self.device)
-        share, made = len(judged) / len(made.t), made[judged]
-        generators = sample_generators(made.samples, self.config.run.seed, "fake", turn)
-        frames, noise, t, text = self.draw_frames(made, made.fake, generators)
-        return share * denoising_loss(self.roles.fake_score(IMAGE.diffuse(frames, noise, t), t, text), noise)
-
-    def critic_loss(self, made: Made, turn: int) -> Tensor:
-        """The discriminator's loss; real and student clips have the same captions, and noise and t of their own."""
-        config = self.config.adm
-        if turn not in made.seen:
-            self.look([(made, turn)])
-        features = made.seen.pop(turn)
-        if features is None:
-            return torch.zeros((), device=self.device)
-        fake_logits, real_logits, *near_logits = self.heads(features).chunk(self.kinds)
-        loss = adm_discriminator_loss(fake_logits, real_logits)
-        if near_logits:
-            loss = loss + config.r1_weight * approximate_r1(real_logits, near_logits[0], config.r1_sigma)
-        return len(fake_logits) / len(made.t) * loss
-
-    @torch.no_grad()
-    def look(self, asked: Iterable[tuple[Made, int]]) -> None:
-        """The frozen encoder's features of all that the heads will judge of some parts at some turns, by one evaluation.
-
-        Left in each part's `seen`: those of its judged clips, as the student made them, then the real ones, then for R1 the real ones
-        again, perturbed; None where no clip is judged.
-        """
-        inputs, owners = [], []
-        for made, turn in asked:
-            made.seen[turn] = None
-            if judged := self.judged(made, VIDEO, self.config.adm.t_max):
-                inputs.append(self.critic_inputs(made[judged], turn))
-                owners.append((made, turn))
-        if not inputs:
-            return
-        x_t, t, text = (torch.cat(tensors) for tensors in zip(*inputs, strict=True))
-        features = self.roles.encoder(x_t, t, text)
-        sizes = [len(x_t) for x_t, _, _ in inputs]
-        for (made, turn), *own in zip(owners, *(feature.split(sizes) for feature in features), strict=True):
-            made.seen[turn] = own
-
-    def critic_inputs(self, made: Made, turn: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_t, t, text) of what the heads judge of clips, each kind of clip after the other."""
-        config, seed, kinds = self.config.adm, self.config.run.seed, []
-        fake, real = (sample_generators(made.samples, seed, kind, turn) for kind in ("critic fake", "critic real"))
-        kinds.append(self.diffuse(made, made.fake, fake))
-        x_t, t = self.diffuse(made, made.real, real)
-        kinds.append((x_t, t))
-        if config.r1_weight > 0:
-            kinds.append((x_t + config.r1_sigma * draw_noise(x_t.shape, real, self.device), t))
-        x_t, t = (torch.cat(tensors) for tensors in zip(*kinds, strict=True))
-        return x_t, t, made.text.repeat(len(kinds), 1, 1)
-
     def student_losses(self, step: int, made: Made, clips: Tensor) -> dict[str, Tensor]:
         """The student's weighted losses at a step: of guidance in the warm-up, then of distribution matching."""
         config = self.config
@@ -276,9 +105,9 @@ class Distillation:
             return {"guidance": self.guidance(made, clips)}
         losses = {}
         if config.sdm.weight > 0:
-            losses["sdm"] = config.sdm.weight * self.sdm(made, clips)
+            losses["sdm"] = config.sdm.weight * self.sdm.student_loss(made, clips)
         if phase.adm:
-            losses["adm"] = config.adm.weight * self.adm(made, clips)
+            losses["adm"] = config.adm.weight * self.adm.student_loss(made, clips)
         return losses
 
     def student_lr(self, step: int) -> float:
@@ -308,12 +137,10 @@ class Distillation:
         for start in range(places.start, places.stop, part):
             real, text = data.batch(indices(start, part, len(data), config.run.seed))
             with torch.set_grad_enabled(trains_student):
-                made, clips = self.make_clips(real, text, range(start, start + part))
+                made, clips = make_clips(self.roles.student, real, text, range(start, start + part), config)
             made_parts.append(made)
             if trains_student:
-                losses = self.student_losses(step, made, clips)
-                self.student.backward(sum(losses.values()) / config.run.accumulate)
-                _add(terms, losses, config.run.accumulate)
+                _learn(self.student, self.student_losses(step, made, clips), terms, config.run.accumulate)
         if trains_student:
             figures, norm = self.student.step(terms, self.student_lr(step))
             figures["student_norm"] = norm
@@ -322,30 +149,40 @@ class Distillation:
             return figures
         if config.sdm.weight > 0:
             for turn in range(config.sdm.updates_per_student):
-                figures |= self._critic_update(self.fake, "fake", self.fake_loss, made_parts, turn)
+                figures |= self._fake_update(made_parts, turn)
         if config.adm.weight > 0:
-            asked = [(made, turn) for turn in range(config.adm.updates_per_student) for made in made_parts]
+            self.adm.begin(made_parts, data)
             for turn in range(config.adm.updates_per_student):
-                figures |= self._critic_update(self.critic, "critic", partial(self._seen_loss, asked), made_parts, turn)
+                figures |= self._heads_update(step, turn)
         return figures
 
-    def _seen_loss(self, asked: list[tuple[Made, int]], made: Made, turn: int) -> Tensor:
-        """`critic_loss`, the encoder looking at several at a time of those that are asked for and not seen yet."""
-        if turn not in made.seen:
-            count = looks(len(made.samples), self.kinds)
-            self.look(asked[:count])
-            del asked[:count]
-        return self.critic_loss(made, turn)
-
-    def _critic_update(self, learner: Learner, name: str, loss_of: Callable, parts: list[Made], turn: int) -> dict[str, float]:
+    def _fake_update(self, parts: list[Made], turn: int) -> dict[str, float]:
         terms: dict[str, Tensor] = {}
         for made in parts:
-            loss = loss_of(made, turn)
-            if loss.requires_grad:  # else none of the part's clips is judged
-                learner.backward(loss / len(parts))
-            _add(terms, {name: loss}, len(parts))
-        figures, norm = learner.step(terms)
-        return figures | {f"{name}_norm": norm}
+            _learn(self.fake, {"fake": self.sdm.fake_loss(made, turn)}, terms, len(parts))
+        figures, norm = self.fake.step(terms)
+        return figures | {"fake_norm": norm}
+
+    def _heads_update(self, step: int, turn: int) -> dict[str, float]:
+        """A turn of the heads. In the first, all they are shown is new to them: `critic_auc` says what they know by then."""
+        terms: dict[str, Tensor] = {}
+        looks, told_apart = self.adm.turn(step, turn), []
+        for look in looks:
+            loss, count = self.adm.head_loss(look)
+            _learn(self.critic, {"critic": loss}, terms, len(looks))
+            told_apart.append(count)
+        if turn == 0:
+            terms["critic_auc"] = self.adm.win_rate(told_apart)
+        figures, norm = self.critic.step(terms)
+        return figures | {"critic_norm": norm}
+
+
+def _learn(learner: Learner, losses: dict[str, Tensor], terms: dict[str, Tensor], parts: int) -> None:
+    """Adds the gradient of a part of an update's loss, and its value to the terms."""
+    loss = sum(losses.values())
+    if loss.requires_grad:  # else none of the part's clips is judged
+        learner.backward(loss / parts)
+    _add(terms, losses, parts)
 
 
 def _add(terms: dict[str, Tensor], losses: dict[str, Tensor], parts: int) -> None:
@@ -409,8 +246,10 @@ def train(
                     {k: f"{figures[k]:.3f}" for k in ("guidance", "sdm", "adm", "fake", "critic") if k in figures} | skipped
                 )
             stopping = done < total and processes.any(stop())
-            if processes.main and (done % config.run.save_every == 0 or done == total or stopping):
-                checkpoints.save(done, distillation.state_dict() | {"seconds": time.monotonic() - began})
+            if done % config.run.save_every == 0 or done == total or stopping:
+                state = distillation.state_dict()
+                if processes.main:
+                    checkpoints.save(done, state | {"seconds": time.monotonic() - began})
             if stopping:
                 processes.wait()  # where one of them ends, the launcher ends all
                 raise StoppedError(f"Stopped after update {done} of {total}; the same command goes on from there.")

@@ -21,19 +21,34 @@ def denoising_loss(eps: Tensor, noise: Tensor) -> Tensor:
     return F.mse_loss(eps.float(), noise.float())
 
 
-def adm_student_loss(fake_logits: Tensor) -> Tensor:
-    """Non-saturating loss of the student (Goodfellow et al., 2014): softplus(-D(x_t^fake)), logits of any shape."""
-    return F.softplus(-fake_logits.float()).mean()
+def adm_student_loss(fake_logits: Tensor, real_logits: Tensor | float = 0.0) -> Tensor:
+    """softplus(D(x_t^real) - D(x_t^fake)), logits of any shape.
+
+    Without the real ones it is the non-saturating loss (Goodfellow et al., 2014), with them the relativistic one of pairs (R3GAN,
+    arXiv 2501.05441, equation 2).
+    """
+    return F.softplus((real_logits - fake_logits).float()).mean()
 
 
-def adm_discriminator_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
-    """softplus(D(x_t^fake)) + softplus(-D(x_t^real)); 2 ln 2 = 1.386 where it cannot tell them apart."""
+def adm_discriminator_loss(fake_logits: Tensor, real_logits: Tensor, relativistic: bool = False) -> Tensor:
+    """softplus(D(x_t^fake)) + softplus(-D(x_t^real)); 2 ln 2 = 1.386 where it cannot tell them apart.
+
+    Or of pairs, softplus(D(x_t^fake) - D(x_t^real)) (R3GAN, arXiv 2501.05441, equation 2), then ln 2 = 0.693.
+    """
+    if relativistic:
+        return F.softplus((fake_logits - real_logits).float()).mean()
     return F.softplus(fake_logits.float()).mean() + F.softplus(-real_logits.float()).mean()
 
 
 def approximate_r1(logits: Tensor, perturbed_logits: Tensor, sigma: float) -> Tensor:
     """Finite-difference R1 (APT, arXiv 2501.08316, section 3.4): mean((D(x_t) - D(x_t + sigma n))^2) / sigma^2."""
     return (logits.float() - perturbed_logits.float()).square().mean() / sigma**2
+
+
+def with_gradient(value: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar of this value whose derivative by x is `gradient`, of x's shape."""
+    pull = (x * gradient).sum()
+    return value.detach() + pull - pull.detach()
 
 
 class _ScaledGradient(torch.autograd.Function):

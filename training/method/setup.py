@@ -60,4 +60,4 @@ def new_heads(config: DistillConfig, roles: Roles, data: LatentClips) -> Discrim
     with torch.no_grad(), autocast(clips.device, config.run.precision):
         features = roles.encoder(clips, torch.zeros(1, dtype=torch.long, device=clips.device), text)
     torch.manual_seed(config.run.seed)
-    return DiscriminatorHeads([feature.shape[1] for feature in features])
+    return DiscriminatorHeads([feature.shape[1] for feature in features], motion=config.adm.motion)

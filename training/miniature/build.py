@@ -11,13 +11,15 @@ import json
 import logging
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from avdm2_nodes.diffusion.schedules import VIDEO
@@ -86,8 +88,10 @@ def render_clips(folder: Path, style: str, count: int, seed: int) -> None:
         write_clips(folder, ((clip.frames, clip.content.caption) for clip in clips), scenes.FPS)
 
 
-def read_all(folder: Path) -> tuple[Tensor, list[str]]:
-    """All clips of a folder (N, F, H, W, 3) uint8 and their captions."""
+def read_all(turn: Round, style: str) -> tuple[Tensor, list[str]]:
+    """All training clips of a style (N, F, H, W, 3) uint8, rendered when they are first asked for, and their captions."""
+    folder = turn.work / "clips" / style
+    render_clips(folder, style, CLIPS[style], turn.seed)
     clips = ClipFolder(folder, scenes.FRAMES, scenes.SIDE, scenes.SIDE)
     return torch.stack([clips.read(i) for i in range(len(clips))]), clips.captions
 
@@ -99,8 +103,8 @@ def to_images(frames: Tensor) -> Tensor:
 
 def build_vae(turn: Round) -> dict:
     """The autoencoder, on frames of both styles: crops first, which are the cheaper teacher, then whole frames."""
-    work, stack, steps = turn.work, turn.stack, turn.steps
-    frames = all_frames(work)
+    stack, steps = turn.stack, turn.steps
+    frames = all_frames(turn)
     torch.manual_seed(turn.seed)
     vae = load_vae(stack / "vae").requires_grad_(True) if turn.again else new_vae()
     crops_until = int(steps * 0.85)
@@ -139,7 +143,7 @@ def write_facts(path: Path, factors: Tensor, bias: Tensor) -> None:
 
 def build_decoder(turn: Round) -> dict:
     """The decoder alone, longer: the latents stay what they are, so that the models trained on them stay right."""
-    stack, frames = turn.stack, all_frames(turn.work)
+    stack, frames = turn.stack, all_frames(turn)
     vae = load_vae(stack / "vae")
     vae.decoder.requires_grad_(True)
 
@@ -153,9 +157,9 @@ def build_decoder(turn: Round) -> dict:
     return figures | {"psnr_db": psnr(stack, frames)}
 
 
-def all_frames(work: Path) -> Tensor:
+def all_frames(turn: Round) -> Tensor:
     """(N, H, W, 3) uint8, of both styles."""
-    return torch.cat([rearrange(read_all(work / "clips" / style)[0], "n f h w c -> (n f) h w c") for style in scenes.STYLES])
+    return torch.cat([rearrange(read_all(turn, style)[0], "n f h w c -> (n f) h w c") for style in scenes.STYLES])
 
 
 def probe_of(frames: Tensor) -> Tensor:
@@ -178,25 +182,26 @@ def muon_and_adamw(unet: nn.Module, *others: nn.Module, lr: float) -> list[torch
     return [KernelMuon(muon, lr=lr), adamw([p for p in rest if all(p is not m for m in muon)], lr=lr)]
 
 
-def encoded_clips(work: Path, stack: Path, style: str) -> tuple[Tensor, list[str]]:
-    """All clips of a style in model space (N, C, F, h, w), encoded once and kept in `work`, and their captions."""
-    cache = work / "latents" / f"{style}.safetensors"
+def encoded_clips(turn: Round, style: str) -> tuple[Tensor, list[str]]:
+    """All clips of a style in model space (N, C, F, h, w), encoded once and kept in the work folder, and their captions."""
+    cache = turn.work / "latents" / f"{style}.safetensors"
     if not cache.exists():
-        frames, captions = read_all(work / "clips" / style)
-        vae = load_vae(stack / "vae")
+        frames, captions = read_all(turn, style)
+        vae = load_vae(turn.stack / "vae")
         with autocast(CPU):
             latents = torch.cat([encode_clips(vae, part) for part in frames.split(64)])
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(
             cache, lambda path: save_file({"latents": latents.contiguous()}, path, {"captions": json.dumps(captions)})
         )
-    return load_file(cache)["latents"], ClipFolder(work / "clips" / style, scenes.FRAMES, scenes.SIDE, scenes.SIDE).captions
+    with safe_open(cache, "pt") as file:
+        return file.get_tensor("latents"), json.loads(file.metadata()["captions"])
 
 
 def build_image(turn: Round) -> dict:
     """Text encoder and image UNet, trained together on plain frames."""
     stack = turn.stack
-    latents, captions = encoded_clips(turn.work, stack, "plain")
+    latents, captions = encoded_clips(turn, "plain")
     if turn.again:
         parts = load_stack(stack, with_motion=False)
         tokenizer, text_encoder, unet = parts.tokenizer, parts.text_encoder, parts.image_unet
@@ -219,7 +224,7 @@ def build_image(turn: Round) -> dict:
 
 def build_style(turn: Round) -> dict:
     """A second image UNet, fine-tuned from the plain one to the neon style; it reads the same text encoder."""
-    latents, captions = encoded_clips(turn.work, turn.stack, "neon")
+    latents, captions = encoded_clips(turn, "neon")
     parts, folder = load_stack(turn.stack, with_motion=False), turn.stack / "styles" / "neon"
     unet = (load_image_unet(folder) if turn.again else parts.image_unet).requires_grad_(True)
     losses = image_losses(latents, captions, parts.encode_text, image_predictor(unet))
@@ -228,12 +233,16 @@ def build_style(turn: Round) -> dict:
     return figures
 
 
-def build_motion(turn: Round, batch: int = 16) -> dict:
-    """Motion modules in the frozen image UNet, on the video schedule, as AnimateDiff (arXiv 2307.04725) is trained."""
-    latents, captions = encoded_clips(turn.work, turn.stack, "plain")
-    parts = load_stack(turn.stack, with_motion=turn.again)
+def build_motion(turn: Round, folder: str = "motion_adapter", batch: int = 16) -> dict:
+    """Motion modules in the frozen image UNet, on the video schedule, as AnimateDiff (arXiv 2307.04725) is trained.
+
+    They are written into `folder` of the stack.
+    """
+    latents, captions = encoded_clips(turn, "plain")
+    parts, folder = load_stack(turn.stack, with_motion=False), turn.stack / folder
     torch.manual_seed(turn.seed)
-    unet = video_unet(parts.image_unet, parts.motion or new_motion_adapter()).requires_grad_(False)
+    motion = load_motion(folder) if turn.again else new_motion_adapter()
+    unet = video_unet(parts.image_unet, motion).requires_grad_(False)
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_("motion_modules" in name)
     predict = video_predictor(unet)
@@ -257,7 +266,6 @@ def build_motion(turn: Round, batch: int = 16) -> dict:
         return {"loss": (error * (sigma / alpha).clamp(0.5, 6)).mean(), "mse": error.mean()}
 
     figures = turn.train(unet, losses, muon_and_adamw(unet, lr=turn.lr), ema_decay=0.995)
-    folder = turn.stack / "motion_adapter"
     unet.save_motion_modules(folder)
     save_half(load_motion(folder), folder)  # save_motion_modules itself writes float32
     return figures
@@ -315,6 +323,10 @@ STAGES = {
     "style": (build_style, [(1000, 7e-4)]),
     "decoder": (build_decoder, [(2000, 1e-3)]),
     "features": (build_features, [(3000, 2e-3)]),
+    # Teachers that were trained for about a tenth and a third of the steps of the miniature's own: video models that have not learnt
+    # all that the data know.
+    "teacher-tenth": (partial(build_motion, folder="teachers/tenth"), [(430, 4e-3)]),
+    "teacher-third": (partial(build_motion, folder="teachers/third"), [(1430, 4e-3)]),
 }
 
 
@@ -328,8 +340,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    for style, count in CLIPS.items():
-        render_clips(args.work / "clips" / style, style, count, args.seed)
     for stage in args.stages:
         build, rounds = STAGES[stage]
         for number, (steps, lr) in enumerate(rounds):

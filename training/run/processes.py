@@ -85,6 +85,10 @@ class Processes:
                 gradient.copy_(part.view_as(gradient))
         return figures
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors (N, …) of all processes, one after the other (count * N, …); all call it together."""
+        return tensor if self.count == 1 else self._told(lambda: self._utils.gather(tensor))
+
     def any(self, flag: bool) -> bool:
         """Whether one of the processes says so."""
         return flag if self.count == 1 else any(self._told(lambda: self._utils.gather_object([flag])))

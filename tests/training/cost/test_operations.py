@@ -35,6 +35,12 @@ def test_an_update_is_its_parts_as_often_as_the_settings_say(make_config):
     assert update_cost(config, PARTS, Phase(matching=True, critics=True, adm=True)) == before | sdm | {"ADM": 15 + 3} | critics
 
 
+def test_a_pool_saves_the_encoder_and_pairs_take_it_once_more(make_config):
+    adm = {"updates_per_student": 8, "pool": 4, "relativistic": True, "r1_weight": 0.1, "r2_weight": 0.1}
+    cost = update_cost(make_config(student={"steps": [499]}, adm=adm), PARTS, Phase(True, True, True))
+    assert cost["heads"] == 4 * (5 + 8 * 3) and cost["ADM"] == 15 + 3 + (5 + 1)
+
+
 def test_the_phases_of_a_run_in_their_order(make_config):
     config = make_config(warmup={"updates": 5, "critics_from": 3}, run={"updates": 7}, adm={"start_update": 2})
     warm, learning, sdm, both = (

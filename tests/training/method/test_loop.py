@@ -11,10 +11,13 @@ from avdm2_nodes.diffusion.samplers import predict_x0
 from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
 from training.method.learner import MAX_BAD_STEPS, DivergedError
 from training.method.loop import train
+from training.method.made import make_clips
 from training.run.checkpoint import Checkpoints
 from training.run.folder import RunFolder, RunFolderError
 from training.run.meter import MEASURED
 from training.run.randomness import chain_steps
+
+HEADS = "critic", "critic_auc", "critic_norm"  # figures of an update in which they learn
 
 
 class Stopped(BaseException):
@@ -70,12 +73,15 @@ def stats(folder):
 
 
 @pytest.mark.parametrize(
-    "model", [{"train": "all"}, {"train": "motion+lora", "share_base": True}], ids=["all", "adapters on a shared base"]
+    ("model", "adm"),
+    [({"train": "all"}, {}), ({"train": "motion+lora", "share_base": True}, {"pool": 2, "updates_per_student": 3})],
+    ids=["all", "adapters on a shared base, and a pool"],
 )
-def test_a_run_that_was_stopped_and_resumed_ends_bitwise_as_one_that_was_not(go, make_config, tmp_path, model):
+def test_a_run_that_was_stopped_and_resumed_ends_bitwise_as_one_that_was_not(go, make_config, tmp_path, model, adm):
     config = make_config(
         run={"updates": 3, "save_every": 1, "sample_every": 2},
         model=model,
+        adm=adm,
         student={"steps": [999, 499]},
         warmup={"updates": 2},
     )
@@ -154,14 +160,14 @@ def poison(steps):
     """Makes the student's adversarial loss NaN at the given calls."""
 
     def apply(run):
-        healthy, calls = run.adm, []
+        healthy, calls = run.adm.student_loss, []
 
         def adm(made, clips):
             calls.append(None)
             loss = healthy(made, clips)
             return loss * math.nan if len(calls) - 1 in steps else loss
 
-        run.adm = adm
+        run.adm.student_loss = adm
 
     return apply
 
@@ -233,7 +239,7 @@ def test_in_a_warm_up_without_guidance_the_student_stands_still(stack, make_dist
     run = make_distillation(stack, make_config(warmup={"updates": 1, "guidance": 1.0}, student={"steps": [499]}))
     before = flat(run.state_dict())
     figures = run.update(0, random_clips)
-    assert set(figures) == {"fake", "fake_norm", "critic", "critic_norm"}
+    assert set(figures) == {"fake", "fake_norm", *HEADS}
     changed = differing(before, run.state_dict())
     assert changed and {name.split(".")[0] for name in changed} == {"fake", "critic"}
     assert {"sdm", "adm", "student_norm"} < run.update(1, random_clips).keys()
@@ -265,7 +271,7 @@ def test_in_the_warm_up_the_student_learns_what_the_guided_teacher_makes_of_its_
 
     before = distance()
     figures = [run.update(step, random_clips) for step in range(60)]
-    assert all(set(f) == {"guidance", "student_norm", "fake", "fake_norm", "critic", "critic_norm"} for f in figures)
+    assert all(set(f) == {"guidance", "student_norm", "fake", "fake_norm", *HEADS} for f in figures)
     assert distance() < 0.75 * before
 
 
@@ -276,7 +282,7 @@ def test_either_loss_alone(stack, make_distillation, make_config, random_clips, 
     figures = run.update(0, random_clips)
     other = {"adm": "sdm", "sdm": "adm"}[off]
     busy = {"critic": "fake", "fake": "critic"}[idle]
-    assert set(figures) == {other, "student_norm", busy, f"{busy}_norm"}
+    assert set(figures) == {other, "student_norm", *(HEADS if busy == "critic" else ("fake", "fake_norm"))}
     changed = {name.split(".")[0] for name in differing(before, run.state_dict())}
     assert changed == {"student", "ema", busy}
 
@@ -312,9 +318,15 @@ def test_the_critics_learn_as_often_as_asked_and_on_fresh_noise(stack, make_dist
     updates = {"updates_per_student": 3}
     run = make_distillation(stack, make_config(sdm=updates, adm=updates | {"r1_weight": 0.1}, student={"steps": [499]}))
     losses = []
-    for name in ("fake_loss", "critic_loss"):
-        original = getattr(run, name)
-        setattr(run, name, lambda made, turn, f=original: losses.append(f(made, turn)) or losses[-1])
+    fake_loss, head_loss = run.sdm.fake_loss, run.adm.head_loss
+
+    def of_heads(look):
+        found = head_loss(look)
+        losses.append(found[0])
+        return found
+
+    run.sdm.fake_loss = lambda made, turn: losses.append(fake_loss(made, turn)) or losses[-1]
+    run.adm.head_loss = of_heads
     run.update(0, random_clips)
     assert (run.student.steps, run.fake.steps, run.critic.steps) == (1, 3, 3)
     assert len({loss.item() for loss in losses}) == 6 and all(loss.isfinite() for loss in losses)
@@ -339,9 +351,8 @@ def test_every_step_of_the_chain_is_trained_equally(stack, make_distillation, ma
             trained.extend(t.tolist())
         return x_t
 
-    run.roles.student = student
     for first in range(0, 16, 2):
-        run.make_clips(real, text, range(first, first + 2))
+        make_clips(student, real, text, range(first, first + 2), run.config)
     assert {t: trained.count(t) for t in trained} == {999: 4, 749: 4, 499: 4, 249: 4}
 
 
@@ -360,8 +371,8 @@ def test_a_step_is_judged_from_the_noise_of_the_next_on(stack, make_distillation
         samples = range(first, first + 2)
         nexts.append(torch.tensor([749, 499, 249, 0])[chain_steps(samples, 4, run.config.run.seed)])
         with torch.no_grad():
-            made, clips = run.make_clips(real, text, samples)
-            run.sdm(made, clips), run.adm(made, clips)
+            made, clips = make_clips(run.roles.student, real, text, samples, config)
+            run.sdm.student_loss(made, clips), run.adm.student_loss(made, clips)
     t, frames_t, least = torch.cat(video), torch.cat(image), torch.cat(nexts)
     noisy_enough = t >= least
     frames_noisy_enough = IMAGE.alphas_cumprod[frames_t] <= VIDEO.alphas_cumprod[least.repeat_interleave(len(frames_t) // 40)]
@@ -377,13 +388,14 @@ def test_adm_leaves_out_the_clips_that_it_could_judge_above_its_range_only(stack
     real, text = random_clips.batch([0, 1, 2, 3])
     for first in range(0, 40, 4):
         with torch.no_grad():
-            made, clips = run.make_clips(real, text, range(first, first + 4))
-            run.adm(made, clips)
+            made, clips = make_clips(run.roles.student, real, text, range(first, first + 4), config)
+            run.adm.student_loss(made, clips)
             kept = (made.next_t < 400).tolist()
-            one_by_one = [run.adm(made[[i]], clips[[i]]).item() for i in range(4)]
+            one_by_one = [run.adm.student_loss(made[[i]], clips[[i]]).item() for i in range(4)]
             assert [value != 0 for value in one_by_one] == kept
-            assert run.adm(made, clips).item() == pytest.approx(sum(one_by_one) / 4, rel=1e-4)
-            run.critic_loss(made, 0)
+            assert run.adm.student_loss(made, clips).item() == pytest.approx(sum(one_by_one) / 4, rel=1e-4)
+            run.adm.begin([made], random_clips)
+            run.adm.head_loss(*run.adm.turn(0, 0))
     t = torch.cat(seen)
     assert t.min() >= 100 and t.max() <= 400 and t.min() < 249
 
@@ -395,7 +407,7 @@ def test_the_gradient_into_x0_is_damped_by_alpha_over_sigma(stack, make_distilla
     scale = torch.ones((), requires_grad=True)
     run.roles.student = lambda x_t, t, text: scale * x_t
     real, text = random_clips.batch([0])
-    _, clips = run.make_clips(real, text, range(1))
+    _, clips = make_clips(run.roles.student, real, text, range(1), run.config)
     clips.sum().backward()
     alpha, sigma = {999: (0.0402, 0.99919), 749: (0.1533, 0.98818), 249: (0.75556, 0.65508)}[t]
     x_t = clips.detach().sum() / ((1 - sigma) / alpha)
@@ -409,8 +421,8 @@ def test_bf16_keeps_the_gradient_of_a_later_step(stack, make_distillation, make_
         config = make_config(run={"precision": precision}, student={"steps": [999, 499]})
         run = make_distillation(stack, config)
         real, text = random_clips.batch([0, 1])
-        made, clips = run.make_clips(real, text, range(2))  # one sample at each of the two steps
-        run.student.backward(run.adm(made, clips))
+        made, clips = make_clips(run.roles.student, real, text, range(2), config)  # one sample at each of the two steps
+        run.student.backward(run.adm.student_loss(made, clips))
         norms.append({name: p.grad.norm().item() for name, p in run.roles.student_weights.items()})
     exact, half = norms
     assert sum(half.values()) == pytest.approx(sum(exact.values()), rel=0.2)
@@ -463,21 +475,22 @@ def test_what_the_critics_judge_is_encoded_in_one_batch(
         return encoder(x_t, t, text)
 
     run.roles.encoder = seen
-    original, begun = run.critic_loss, copy.deepcopy(run.heads.state_dict())
+    original, begun = run.adm.head_loss, copy.deepcopy(run.heads.state_dict())
 
-    def critic_loss(made, turn):
-        losses[made.samples[0], turn] = (made, loss := original(made, turn))
-        return loss
+    def head_loss(look):
+        found = original(look)
+        losses[look.made.samples[0], look.number] = look.made, found[0]
+        return found
 
-    run.critic_loss = critic_loss
+    run.adm.head_loss = head_loss
     run.update(0, random_clips)
     assert batches == expected
     run.heads.load_state_dict(begun)
     for (_, turn), (made, loss) in losses.items():
         if turn == 0:  # in the next the heads have learnt
-            x_t, t, text = run.critic_inputs(made, turn)
+            x_t, t, text = run.adm.inputs(made, turn)
             singly = [run.heads(encoder(*(y[i : i + 1] for y in (x_t, t, text)))) for i in range(len(x_t))]
-            fake, real, *near = torch.cat(singly).chunk(run.kinds)
+            fake, real, *near = torch.cat(singly).chunk(run.adm.kinds)
             by_hand = softplus(fake).mean() + softplus(-real).mean()
             if near:
                 by_hand = by_hand + r1_weight * (real - near[0]).square().mean() / 0.1**2

@@ -11,6 +11,7 @@ from training.method.losses import (
     guidance_loss,
     scale_gradient,
     sdm_loss,
+    with_gradient,
 )
 
 
@@ -22,6 +23,22 @@ def test_adversarial_losses_are_their_closed_forms():
     of_real = sum(-math.log(1 / (1 + math.exp(-x))) for x in real.flatten().tolist()) / 4
     assert adm_discriminator_loss(fake, real).item() == pytest.approx(of_fake + of_real, rel=1e-5)
     assert adm_discriminator_loss(torch.zeros(3), torch.zeros(3)).item() == pytest.approx(2 * math.log(2))
+
+
+def test_relativistic_losses_are_their_closed_forms_and_mirror_each_other():
+    fake, real = torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([3.0, 0.25, 2.0])
+    of_pairs = [math.log(1 + math.exp(f - r)) for f, r in zip(fake.tolist(), real.tolist(), strict=True)]
+    assert adm_discriminator_loss(fake, real, relativistic=True).item() == pytest.approx(sum(of_pairs) / 3, rel=1e-5)
+    assert adm_student_loss(real, fake).item() == pytest.approx(sum(of_pairs) / 3, rel=1e-5)
+    assert adm_discriminator_loss(fake, fake, relativistic=True).item() == pytest.approx(math.log(2))
+
+
+def test_a_value_may_be_given_another_gradient():
+    x, gradient = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2)
+    value = with_gradient(torch.tensor(5.0), x, gradient)
+    (2 * value).backward()
+    assert value.item() == pytest.approx(5.0)
+    torch.testing.assert_close(x.grad, 2 * gradient)
 
 
 def test_adversarial_losses_are_finite_where_a_sigmoid_is_not():

@@ -140,7 +140,7 @@ def config_of(make_config, **run):
         run={"updates": 2, "batch": 4, "save_every": 1, "sample_every": 100} | run,
         student={"steps": [999, 499]},
         warmup={"updates": 1},
-        adm={"t_max": 400},  # half of the clips are not judged: one process may have none that is
+        adm={"t_max": 400, "pool": 1},  # half of the clips are not judged: one process may have none that is
     )
 
 
@@ -177,9 +177,9 @@ def test_what_is_not_finite_in_one_is_skipped_by_all_and_ends_all(go, make_confi
 
     def job(processes):
         def poison(run, step):
-            healthy = run.sdm
+            healthy = run.sdm.student_loss
             if processes.rank == 1 and step == 1:
-                run.sdm = lambda made, clips: healthy(made, clips) * float("nan")
+                run.sdm.student_loss = lambda made, clips: healthy(made, clips) * float("nan")
             seen.append(run)
 
         try:
