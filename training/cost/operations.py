@@ -20,7 +20,7 @@ from avdm2_nodes.diffusion.unets import video_unet
 from avdm2_nodes.files.stack import Stack
 from training.method.adm import kinds_judged
 from training.method.discriminator import DiscriminatorHeads
-from training.method.loop import Phase, phase_of
+from training.method.loop import Phase, phase_of, student_learns
 from training.method.roles import Roles, build_roles
 from training.run.config import DistillConfig
 from training.run.meter import Operations
@@ -162,7 +162,7 @@ def update_cost(config: DistillConfig, parts: Parts, phase: Phase) -> dict[str, 
     frames = sdm.frames
     sdm_share, adm_share = _judged(config, IMAGE, sdm.t_max), _judged(config, VIDEO, adm.t_max)
     cost = {"clips: steps before the one that learns": (len(student.steps) - 1) / 2 * parts.student}
-    if phase.matching or warmup.guidance != 1:
+    if student_learns(config, phase):
         cost["student"] = parts.student_learns
     else:
         cost["student"] = parts.student

@@ -47,6 +47,11 @@ def phase_of(config: DistillConfig, step: int) -> Phase:
     return Phase(matching >= 0, step >= critics_from, matching >= config.adm.start_update and config.adm.weight > 0)
 
 
+def student_learns(config: DistillConfig, phase: Phase) -> bool:
+    """Whether the student is updated in a phase, and not only its critics."""
+    return config.sdm.weight > 0 or phase.adm if phase.matching else config.warmup.guidance != 1
+
+
 class Distillation:
     """One run's state and its three kinds of update."""
 
@@ -130,7 +135,7 @@ class Distillation:
         batch = config.run.batch
         places = rank_places(step * batch, batch, self.processes.rank, self.processes.count)
         part = len(places) // config.run.accumulate
-        trains_student = step >= config.warmup.updates or config.warmup.guidance != 1
+        trains_student = student_learns(config, phase_of(config, step))
         figures: dict[str, float] = {}
         terms: dict[str, Tensor] = {}
         made_parts = []

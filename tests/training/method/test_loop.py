@@ -295,6 +295,14 @@ def test_adm_may_start_later_for_the_student_while_its_critic_learns(stack, make
     assert all("critic" in f for f in figures)
 
 
+def test_until_adm_begins_a_student_without_another_loss_waits(stack, make_distillation, make_config, random_clips):
+    run = make_distillation(stack, make_config(adm={"start_update": 1}, sdm={"weight": 0}, student={"steps": [499]}))
+    before = flat(run.state_dict())
+    assert set(run.update(0, random_clips)) == {*HEADS}
+    assert {name.split(".")[0] for name in differing(before, run.state_dict())} == {"critic"}
+    assert {"adm", "student_norm"} < run.update(1, random_clips).keys()
+
+
 def test_the_critics_may_begin_late_in_the_warm_up(stack, make_distillation, make_config, random_clips):
     run = make_distillation(stack, make_config(warmup={"updates": 2, "critics_from": 1}, student={"steps": [499]}))
     before = flat(run.state_dict())
