@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from avdm2_nodes.files.stack import load_stack
 from training.evaluation.feature_net import FeatureConfig, VideoFeatures, save_features
-from training.method.discriminator import DiscriminatorHeads
+from training.method.discriminator import heads_for
 from training.method.loop import Distillation
 from training.method.setup import new_roles
 from training.miniature.models import write_tokenizer
@@ -116,7 +116,7 @@ def make_distillation():
     def make(stack, config, score_unet=None, processes=None):
         roles = new_roles(config, stack, score_unet, half=config.run.precision == "bf16")
         torch.manual_seed(0)
-        heads = DiscriminatorHeads(list(WIDTHS), 16, config.adm.motion)
+        heads = heads_for(list(WIDTHS), config, 16)
         return Distillation(config, roles, heads, torch.zeros(1, TOKENS, TEXT_WIDTH), torch.device("cpu"), processes)
 
     return make

@@ -38,10 +38,11 @@ from training.data.workers import encoded_videos, told_of_workers
 from training.method.errors import EXPECTED_ERRORS
 from training.run import console
 from training.run.command_line import load_config
-from training.run.config import DistillConfig, ModelConfig
+from training.run.config import DistillConfig
 from training.run.console import between
 from training.run.folder import RunFolder, require_writable
 from training.run.precision import pick_device, uses_bf16
+from training.run.sections import ModelConfig
 
 logger = logging.getLogger("prepare")
 

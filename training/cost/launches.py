@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from avdm2_nodes.files.stack import Stack
 from training.cost.operations import SD15, V3
-from training.method.discriminator import DiscriminatorHeads
+from training.method.discriminator import heads_for
 from training.method.loop import Distillation
 from training.method.roles import build_roles
 from training.run.config import DistillConfig
@@ -115,7 +115,7 @@ def narrow_distillation(config: DistillConfig, stack: Stack | None = None) -> Di
     )
     widths = NARROW["block_out_channels"]
     heads, empty = (
-        DiscriminatorHeads([*widths[-3:-1], widths[-1]], motion=config.adm.motion),
+        heads_for([*widths[-3:-1], widths[-1]], config),
         torch.zeros(1, TOKENS, TEXT_WIDTH),
     )
     run = Distillation(config, roles, heads, empty, torch.device("cpu"))

@@ -169,7 +169,7 @@ def _turns(config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, input
     def student() -> None:
         begin(roles.student_weights.values())
         x0 = x - roles.student(x, t, text)
-        loss = F.softplus(-judge_as_they_stand(heads, roles.encoder(x0, t, text))).mean() if config.adm.weight > 0 else 0
+        loss = F.softplus(-judge_as_they_stand(heads, roles.encoder(x0, t, text))).mean() if config.has_heads else 0
         with torch.no_grad():
             y, times, words = inputs.frames(frames)
             both = [torch.cat([tensor, tensor]) for tensor in (y, times, words)]

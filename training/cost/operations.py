@@ -19,7 +19,7 @@ from avdm2_nodes.diffusion.schedules import IMAGE, VIDEO
 from avdm2_nodes.diffusion.unets import video_unet
 from avdm2_nodes.files.stack import Stack
 from training.method.adm import kinds_judged
-from training.method.discriminator import DiscriminatorHeads
+from training.method.discriminator import DiscriminatorHeads, heads_for
 from training.method.loop import Phase, phase_of, student_learns
 from training.method.roles import Roles, build_roles
 from training.run.config import DistillConfig
@@ -76,7 +76,7 @@ def meta_roles(
             score_unet=style if model.train == "style" else None,
         )
         widths = stack.image_unet.config.block_out_channels
-        return roles, DiscriminatorHeads([*widths[-3:-1], widths[-1]], motion=config.adm.motion)
+        return roles, heads_for([*widths[-3:-1], widths[-1]], config)
 
 
 @dataclass(frozen=True)
@@ -158,25 +158,30 @@ def update_cost(config: DistillConfig, parts: Parts, phase: Phase) -> dict[str, 
 
     The mean over the student's chain, each of whose steps a batch has equally often.
     """
-    student, sdm, adm, warmup = config.student, config.sdm, config.adm, config.warmup
+    student, sdm, adm, warmup, kind = config.student, config.sdm, config.adm, config.warmup, config.method.kind
     frames = sdm.frames
     sdm_share, adm_share = _judged(config, IMAGE, sdm.t_max), _judged(config, VIDEO, adm.t_max)
-    cost = {"clips: steps before the one that learns": (len(student.steps) - 1) / 2 * parts.student}
-    if student_learns(config, phase):
-        cost["student"] = parts.student_learns
-    else:
-        cost["student"] = parts.student
-    if not phase.matching and warmup.guidance != 1:
-        cost["guided teacher"] = warmup.substeps * 2 * parts.teacher
-    if phase.matching and sdm.weight > 0:
+    learns = parts.student_learns if student_learns(config, phase) else parts.student
+    before = (len(student.steps) - 1) / 2 * parts.student
+    if kind == "avdm2":
+        cost = {"clips: steps before the one that learns": before, "student": learns}
+        taught, substeps = not phase.matching and warmup.guidance != 1, warmup.substeps
+    else:  # from the data; motion consistency takes half of its states from the student's chain, the step at hand with it
+        own = {"clips: steps before the one that learns": (before + parts.student) / 2} if kind == "motion-consistency" else {}
+        averaged = {} if kind == "progressive" else {"averaged student": parts.student}
+        cost = own | {"student": learns} | averaged
+        taught, substeps = True, warmup.substeps if kind == "progressive" else 1
+    if taught:
+        cost["guided teacher"] = substeps * (1 if warmup.guidance == 1 else 2) * parts.teacher
+    if phase.matching and config.matches_frames:
         real = 1 if sdm.guidance == 1 else 2
         cost["SDM"] = sdm_share * frames * (1 + real) * parts.score
     if phase.adm:
         beside = parts.encoder + parts.heads if adm.relativistic else 0
         cost["ADM"] = adm_share * (parts.encoder_through + parts.heads_learn + beside)
-    if phase.critics and sdm.weight > 0:
+    if phase.critics and config.matches_frames:
         cost["fake score"] = sdm_share * sdm.updates_per_student * frames * parts.fake_learns
-    if phase.critics and adm.weight > 0:
+    if phase.critics and config.has_heads:
         looks = 1 if adm.pool else adm.updates_per_student
         cost["heads"] = adm_share * kinds_judged(config) * (looks * parts.encoder + adm.updates_per_student * parts.heads_learn)
     return cost
@@ -190,7 +195,7 @@ def phases(config: DistillConfig) -> Counter[Phase]:
 def _judged(config: DistillConfig, schedule, t_max: int) -> float:
     """The share of clips that a loss judges, as `Distillation.judged` does."""
     steps = config.student.steps
-    if not config.student.phased:
+    if not config.student.phased or config.method.kind != "avdm2":
         return 1.0
     next_t = torch.tensor([*steps[1:], 0])
     return (schedule.timestep_of(VIDEO.alphas_cumprod[next_t]) < t_max).double().mean().item()

@@ -26,8 +26,8 @@ from avdm2_nodes.files.stack import Stack
 from training.data import DataError
 from training.data.unusable import Unusable
 from training.run.checkpoint import write_atomically
-from training.run.config import DataConfig
 from training.run.reading import parsed, read_json
+from training.run.sections import DataConfig
 
 FORMAT = 1
 _LIST = "cache.json"

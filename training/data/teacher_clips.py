@@ -82,7 +82,7 @@ def clips_for_prompts(
 ) -> LatentClips:
     """What `data.prompts` stands for: where ADM is on, a cache in `folder` of the teacher's clips, made as far as it is not there."""
     prompts = read_prompts(config.data.prompts)
-    if config.adm.weight == 0:
+    if not config.has_heads and config.method.kind == "avdm2":
         return LatentClips(Prompts(prompts, latent_shape(config, encoder), encoder), encoder)
     space = space_of(encoder.stack, config.data)
     source, make = sampled_clips(config, teacher, teacher_hash, encoder, prompts)

@@ -13,7 +13,7 @@ from torch import Tensor
 from avdm2_nodes.diffusion.samplers import draw_noise, to_device
 from avdm2_nodes.diffusion.schedules import VIDEO
 from training.data.order import indices, rank_places
-from training.method.discriminator import DiscriminatorHeads, judge_as_they_stand
+from training.method.discriminator import DiscriminatorHeads, frame_by_frame, judge_as_they_stand
 from training.method.losses import adm_discriminator_loss, adm_student_loss, approximate_r1, with_gradient
 from training.method.made import Made, chain_places
 from training.method.roles import Roles
@@ -61,6 +61,7 @@ class Adm:
     def __init__(self, config: DistillConfig, roles: Roles, heads: DiscriminatorHeads, processes: Processes):
         self.config, self.seed, self.roles, self.heads = config.adm, config.run.seed, roles, heads
         self.whole, self.processes = config, processes
+        self.kind = config.method.kind
         self.kinds = kinds_judged(config)
         self.pool: deque[Seen] = deque(maxlen=config.adm.pool + 1)
         self._turns: list[list[Look]] = []  # of the newest update, where there is no pool
@@ -90,19 +91,31 @@ class Adm:
     def _student_loss(self, made: Made, clips: Tensor) -> Tensor:
         generators = sample_generators(made.samples, self.seed, "adm")
         x_t, t = self.diffuse(made, clips, generators)
-        logits = judge_as_they_stand(self.heads, self.roles.encoder(x_t, t, made.text))
+        logits = judge_as_they_stand(self.heads, self.encode(x_t, t, made.text))
         if not self.config.relativistic:
             return adm_student_loss(logits)
         with torch.no_grad():
-            real = VIDEO.diffuse(made.real, draw_noise(x_t.shape, generators, x_t.device), t)
-            beside = self.heads(self.roles.encoder(real, t, made.text))
+            beside = self.heads(self.encode(self.diffused(made.real, t, generators), t, made.text))
         return adm_student_loss(logits.mean(1), beside.mean(1))
 
     def diffuse(self, made: Made, clips: Tensor, generators) -> tuple[Tensor, Tensor]:
-        """(x_t, t): clips diffused to random timesteps of ADM's range."""
+        """(x_t, t): clips diffused to random timesteps of ADM's range. A peer's that are states of its chain stay what they are."""
+        if self.kind == "progressive":
+            return clips, to_device(made.next_t, clips.device)
         t = draw_timesteps(generators, made.judged_from(VIDEO).clamp(min=self.config.t_min), self.config.t_max)
         t = to_device(t, clips.device)
-        return VIDEO.diffuse(clips, draw_noise(clips.shape, generators, clips.device), t), t
+        return self.diffused(clips, t, generators), t
+
+    def diffused(self, clips: Tensor, t: Tensor, generators) -> Tensor:
+        """The same at given timesteps (B,)."""
+        if self.kind == "progressive":
+            return clips
+        return VIDEO.diffuse(clips, draw_noise(clips.shape, generators, clips.device), t)
+
+    def encode(self, x_t: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
+        """The frozen encoder's features, with which the heads judge."""
+        encoder = self.roles.encoder
+        return (frame_by_frame(encoder) if self.kind == "motion-consistency" else encoder)(x_t, t, text)
 
     # ---- the heads ----
 
@@ -178,7 +191,7 @@ class Adm:
         x_t, t, text = (
             torch.cat(x) for x in zip(*(self.inputs(look.made[look.judged], look.number) for look in asked), strict=True)
         )
-        features = self.roles.encoder(x_t, t, text)
+        features = self.encode(x_t, t, text)
         sizes = [self.kinds * len(look.judged) for look in asked]
         for look, *own in zip(asked, *(feature.split(sizes) for feature in features), strict=True):
             look.features = [feature.clone() for feature in own] if self.config.pool else own
@@ -191,7 +204,7 @@ class Adm:
         config, device = self.config, made.fake.device
         fake, real = (sample_generators(made.samples, self.seed, kind, number) for kind in ("critic fake", "critic real"))
         fake_t, t = self.diffuse(made, made.fake, fake)
-        real_t = VIDEO.diffuse(made.real, draw_noise(made.real.shape, real, device), t)
+        real_t = self.diffused(made.real, t, real)
         kinds = [fake_t, real_t]
         for weight, x_t, generators in ((config.r1_weight, real_t, real), (config.r2_weight, fake_t, fake)):
             if weight > 0:

@@ -19,6 +19,7 @@ from training.method.learner import Learner, new_optimiser
 from training.method.losses import guidance_loss
 from training.method.made import Made, make_clips
 from training.method.masters import Weights
+from training.method.peers import make_peer_clips, peer_losses
 from training.method.roles import Roles
 from training.method.sdm import Sdm
 from training.run.checkpoint import Checkpoints
@@ -44,12 +45,14 @@ def phase_of(config: DistillConfig, step: int) -> Phase:
     """The phase of a run's update, counted from 0."""
     matching = step - config.warmup.updates
     critics_from = min(config.warmup.critics_from, config.warmup.updates)
-    return Phase(matching >= 0, step >= critics_from, matching >= config.adm.start_update and config.adm.weight > 0)
+    return Phase(matching >= 0, step >= critics_from, matching >= config.adm.start_update and config.has_heads)
 
 
 def student_learns(config: DistillConfig, phase: Phase) -> bool:
     """Whether the student is updated in a phase, and not only its critics."""
-    return config.sdm.weight > 0 or phase.adm if phase.matching else config.warmup.guidance != 1
+    if config.method.kind in ("consistency", "motion-consistency"):
+        return True
+    return config.matches_frames or phase.adm if phase.matching else config.warmup.guidance != 1
 
 
 class Distillation:
@@ -93,6 +96,22 @@ class Distillation:
         self.ema.swap()
         self.student.refresh()
 
+    def make_clips(self, real: Tensor, text: Tensor, samples: range) -> tuple[Made, Tensor]:
+        """The student's clips of a part of a batch, and the same with their gradient (B, C, F, h, w)."""
+        if self.config.method.kind == "avdm2":
+            return make_clips(self.roles.student, real, text, samples, self.config)
+        roles = self.roles
+        return make_peer_clips(roles.student, self.averaged, roles.guide, real, text, self.empty_text, samples, self.config)
+
+    @torch.no_grad()
+    def averaged(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """What the student with its averaged weights predicts."""
+        self.swap()
+        try:
+            return self.roles.student(x_t, t, text)
+        finally:
+            self.swap()
+
     def guidance(self, made: Made, clips: Tensor) -> Tensor:
         """The loss that teaches the student what its guide, with CFG, makes of its states, on the way to the next step."""
         warmup = self.config.warmup
@@ -103,13 +122,18 @@ class Distillation:
         return guidance_loss(clips, guided_x0)
 
     def student_losses(self, step: int, made: Made, clips: Tensor) -> dict[str, Tensor]:
-        """The student's weighted losses at a step: of guidance in the warm-up, then of distribution matching."""
+        """The student's weighted losses at a step: of guidance in the warm-up, then of distribution matching; a peer's of its own."""
         config = self.config
-        phase = phase_of(config, step)
+        phase, kind = phase_of(config, step), config.method.kind
+        if kind != "avdm2":
+            losses = peer_losses(kind, made, clips, phase.matching)
+        elif phase.matching:
+            losses = {}
+        else:
+            losses = {"guidance": self.guidance(made, clips)}
         if not phase.matching:
-            return {"guidance": self.guidance(made, clips)}
-        losses = {}
-        if config.sdm.weight > 0:
+            return losses
+        if config.matches_frames:
             losses["sdm"] = config.sdm.weight * self.sdm.student_loss(made, clips)
         if phase.adm:
             losses["adm"] = config.adm.weight * self.adm.student_loss(made, clips)
@@ -142,7 +166,7 @@ class Distillation:
         for start in range(places.start, places.stop, part):
             real, text = data.batch(indices(start, part, len(data), config.run.seed))
             with torch.set_grad_enabled(trains_student):
-                made, clips = make_clips(self.roles.student, real, text, range(start, start + part), config)
+                made, clips = self.make_clips(real, text, range(start, start + part))
             made_parts.append(made)
             if trains_student:
                 _learn(self.student, self.student_losses(step, made, clips), terms, config.run.accumulate)
@@ -152,10 +176,10 @@ class Distillation:
             self.ema.update()
         if not phase_of(config, step).critics:
             return figures
-        if config.sdm.weight > 0:
+        if config.matches_frames:
             for turn in range(config.sdm.updates_per_student):
                 figures |= self._fake_update(made_parts, turn)
-        if config.adm.weight > 0:
+        if config.has_heads:
             self.adm.begin(made_parts, data)
             for turn in range(config.adm.updates_per_student):
                 figures |= self._heads_update(step, turn)
@@ -248,7 +272,12 @@ def train(
                 log(done, figures)
                 bar.update()
                 bar.set_postfix(
-                    {k: f"{figures[k]:.3f}" for k in ("guidance", "sdm", "adm", "fake", "critic") if k in figures} | skipped
+                    {
+                        k: f"{figures[k]:.3f}"
+                        for k in ("guidance", "consistency", "sdm", "adm", "fake", "critic")
+                        if k in figures
+                    }
+                    | skipped
                 )
             stopping = done < total and processes.any(stop())
             if done % config.run.save_every == 0 or done == total or stopping:

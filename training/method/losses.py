@@ -16,6 +16,11 @@ def guidance_loss(x0: Tensor, guided_x0: Tensor) -> Tensor:
     return 0.5 * F.mse_loss(x0.float(), guided_x0.float())
 
 
+def pseudo_huber(x: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
+    """mean(sqrt((x - target)^2 + c^2) - c), any one shape (LCM's, arXiv 2310.04378: huber_c of its public code)."""
+    return (((x - target).float().square() + c**2).sqrt() - c).mean()
+
+
 def denoising_loss(eps: Tensor, noise: Tensor) -> Tensor:
     """Epsilon-MSE (Ho et al., arXiv 2006.11239, L_simple); both of one shape."""
     return F.mse_loss(eps.float(), noise.float())

@@ -25,13 +25,14 @@ class Made:
     next_t: Tensor  # (B,) timesteps that the chain goes on at, 0 at its end; on the CPU
     least_t: Tensor  # (B,) timesteps of the video schedule at and above which the clips are judged; on the CPU
     fake: Tensor  # (B, C, F, h, w), the x0 that it made of x_t, detached
+    target: Tensor | None = None  # (B, C, F, h, w), what a peer's x0 is to be like
 
     def __getitem__(self, chosen: list[int]) -> "Made":
         """The clips of these places in the batch only."""
         if len(chosen) == len(self.samples):
             return self
-        tensors = (self.text, self.real, self.x_t, self.t, self.next_t, self.least_t, self.fake)
-        return Made([self.samples[i] for i in chosen], *(tensor[chosen] for tensor in tensors))
+        tensors = (self.text, self.real, self.x_t, self.t, self.next_t, self.least_t, self.fake, self.target)
+        return Made([self.samples[i] for i in chosen], *(None if tensor is None else tensor[chosen] for tensor in tensors))
 
     def judged_from(self, schedule: Schedule) -> Tensor:
         """(B,) timesteps of a schedule with as much noise as `least_t` has of the video's."""

@@ -7,7 +7,7 @@ from avdm2_nodes.files.stack import Stack
 from avdm2_nodes.files.student import Student, read_student
 from avdm2_nodes.files.student_info import StudentFileError
 from training.data.latents import LatentClips
-from training.method.discriminator import DiscriminatorHeads
+from training.method.discriminator import DiscriminatorHeads, heads_for
 from training.method.roles import Roles, build_roles
 from training.run.config import DistillConfig
 from training.run.precision import autocast
@@ -60,4 +60,4 @@ def new_heads(config: DistillConfig, roles: Roles, data: LatentClips) -> Discrim
     with torch.no_grad(), autocast(clips.device, config.run.precision):
         features = roles.encoder(clips, torch.zeros(1, dtype=torch.long, device=clips.device), text)
     torch.manual_seed(config.run.seed)
-    return DiscriminatorHeads([feature.shape[1] for feature in features], motion=config.adm.motion)
+    return heads_for([feature.shape[1] for feature in features], config)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pydantic_settings import CliSettingsSource, SettingsError
 
-from training.run.config import KEYS, ROOT, ConfigError, DistillConfig, fields, flat, parse_yaml, portable, validated
+from training.run.config import KEYS, ROOT, ConfigError, DistillConfig, fields, flat, parse_yaml, validated
 from training.run.reading import UnreadableError, read_text
+from training.run.sections import portable
 from training.run.wording import nearest
 
 DEFAULT_FILE = ROOT / "training" / "configs" / "miniature.yaml"

@@ -19,9 +19,10 @@ from datetime import timedelta
 import torch
 from torch import Tensor, nn
 
-from training.run.config import ConfigError, RunConfig
+from training.run.config import ConfigError
 from training.run.packages import needs
 from training.run.precision import DeviceError, pick_device
+from training.run.sections import RunConfig
 
 TIMEOUT = 1800  # seconds that processes wait for one another: sample clips and checkpoints are the first's alone
 _PIECE = 2**24  # numbers that travel together
