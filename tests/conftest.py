@@ -92,6 +92,7 @@ def make_config():
     tiny = {
         "run": {"updates": 3, "batch": 2, "precision": "float32", "threads": 1, "device": "cpu", "save_every": 1},
         "data": {"frames": 8},
+        "method": {},
         "model": {"lora_rank": 2},
         "student": {"warmup": 2, "lr": 1e-3},
         "sdm": {"lr": 1e-3, "updates_per_student": 1},

@@ -55,7 +55,9 @@ def chain_places(samples: Sequence[int], config: DistillConfig) -> tuple[Tensor,
     return steps, next_t, next_t if config.student.phased else torch.zeros_like(next_t)
 
 
-def make_clips(student: Callable, real: Tensor, text: Tensor, samples: range, config: DistillConfig) -> tuple[Made, Tensor]:
+def make_clips(
+    student: Callable, real: Tensor, text: Tensor, samples: Sequence[int], config: DistillConfig
+) -> tuple[Made, Tensor]:
     """The student's clips, each at a step of its own chain, and the same x0 (B, C, F, h, w) with its gradient."""
     timesteps, device = torch.as_tensor(config.student.steps), real.device
     steps, next_t, least_t = chain_places(samples, config)

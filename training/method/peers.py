@@ -57,8 +57,9 @@ def make_peer_clips(
         ]  # half of them, and of each step
         if own:
             with torch.no_grad():
-                chain, _ = make_clips(student, real, text, samples, config)
-            x_t[own], t[own], next_t[own] = chain.x_t[own], chain.t[own].cpu(), (chain.t[own].cpu() - SKIP).clamp(min=0)
+                chain, _ = make_clips(student, real[own], text[own], [samples[i] for i in own], config)
+            t[own] = torch.as_tensor(config.student.steps)[steps[own]]
+            x_t[own], next_t[own] = chain.x_t, (t[own] - SKIP).clamp(min=0)
     t, after = to_device(t, device), to_device(next_t, device)
     guided = {"text": text, "empty_text": empty_text, "guidance": config.warmup.guidance}
     substeps = config.warmup.substeps if kind == "progressive" else 1

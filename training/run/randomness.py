@@ -5,6 +5,7 @@ state, and one process draws what two would (the habit of NVlabs/edm2's training
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ def keyed_generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def sample_generators(samples: range, *key) -> list[torch.Generator]:
+def sample_generators(samples: Sequence[int], *key) -> list[torch.Generator]:
     """One generator for each global sample index."""
     return [keyed_generator(*key, sample) for sample in samples]
 
@@ -32,7 +33,7 @@ def draw_frames(generators: list[torch.Generator], frames: int, count: int) -> T
     return torch.stack([torch.randperm(frames, generator=g)[:count] for g in generators])
 
 
-def chain_steps(samples: range, steps: int, seed: int) -> Tensor:
+def chain_steps(samples: Sequence[int], steps: int, seed: int) -> Tensor:
     """(B,) steps 0..steps-1 of the student's chain, one for each global sample index.
 
     Every `steps` samples in a row get each step once, in random order: whatever the batch, no step goes short and all batches of
