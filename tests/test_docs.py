@@ -177,7 +177,7 @@ def test_the_readme_s_figures_are_those_of_the_results():
     assert f"sha256 {student}" in read(README) and f"student: student.safetensors, sha256 {student}" in text
 
 
-@pytest.mark.parametrize(("page", "section"), [("results", "results"), ("results", "ablations"), ("styles", "styles")])
+@pytest.mark.parametrize(("page", "section"), [("results", "results"), ("results", "comparison own"), ("styles", "styles")])
 def test_the_commands_find_where_their_tables_go(page, section):
     text = read(ROOT / "docs" / f"{page}.md")
     assert text.count(f"<!-- {section} -->\n") == text.count(f"<!-- end of {section} -->\n") == 1

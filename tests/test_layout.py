@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINING = {"world": 0, "run": 0, "data": 1, "method": 2, "cost": 3, "evaluation": 3, "miniature": 4}
 NODES = {"diffusion": 0, "files": 1, "comfy_bridge": 2, "nodes": 3}
 ERRORS = "avdm2_nodes.errors"  # what all errors of the pack have in common: below every room, it imports nothing
-COMMANDS_IN_COMMANDS = {("evaluate", "distill")}  # its ablations are whole runs
+COMMANDS_IN_COMMANDS = {("compare", "distill")}  # its rows are whole runs
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview", "node_helpers",
            "nodes", "server"}  # fmt: skip
 

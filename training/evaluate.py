@@ -1,4 +1,4 @@
-"""Measures a student beside its teacher: `python training/evaluate.py [--student FILE] [--ablations]`, by default the shipped one.
+"""Measures a student beside its teacher: `python training/evaluate.py [--student FILE]`, by default the shipped one.
 
 Where the teacher's folder holds the net of a rendered world, as the miniature's does, that world's oracle reads clips of held-out
 prompts. Any other teacher is measured on the captions of real videos by public networks, each from a local path:
@@ -23,7 +23,6 @@ import hashlib
 import json
 import logging
 import platform
-import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -40,24 +39,19 @@ from avdm2_nodes.files.student import Student, read_student
 from avdm2_nodes.files.student_info import StudentInfo
 from avdm2_nodes.files.student_unet import student_unet
 from training.data.clips import ClipFolder
-from training.distill import distil
 from training.evaluation.backbones import BackboneError, add_arguments, load_networks
 from training.evaluation.feature_net import content_hash, load_features_of
 from training.evaluation.rows import Bench, Method, VideoBench, steps_in_words, student_method, teacher_method
-from training.evaluation.table import SHORT, Table, require_page
+from training.evaluation.table import Table, require_page
 from training.method.errors import EXPECTED_ERRORS
 from training.run import console
-from training.run.checkpoint import Checkpoints, write_atomically, write_text_atomically
-from training.run.command_line import load_config
-from training.run.config import MODEL, ROOT, DistillConfig, to_yaml
+from training.run.config import MODEL, ROOT
 from training.run.console import between, scale
-from training.run.folder import RunFolder, require_writable
+from training.run.folder import require_writable
 from training.run.packages import needs
 from training.run.precision import pick_device
 
 logger = logging.getLogger("evaluate")
-
-SHARED = "warm-up only", ["--run.updates", "0"]  # the run that all ablations begin as, and go on from
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,8 +68,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--student", type=console.path, metavar="FILE", help=student_help)
     parser.add_argument("--clips", type=between(6, 2**20), default=1024, help="clips a row (default: 1024)")
     parser.add_argument("--guidance", type=scale, default=3.0, help="CFG scale of the teacher (default: 3)")
-    parser.add_argument("--ablations", action="store_true", help="train and measure the short recipe, whole and with one loss")
-    parser.add_argument("--seeds", type=between(1, 100), default=3, help="training seeds of the ablations (default: 3)")
     parser.add_argument(
         "--out", type=console.path, default=ROOT / "runs" / "evaluation", help="where rows and reports are kept"
     )
@@ -83,8 +75,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page", type=console.path, metavar="FILE", help=page_help)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    if args.ablations and args.real:
-        parser.error("expected no --real beside --ablations, whose recipe is the miniature's; leave one out")
 
     # All this before hours of measuring.
     needs("matplotlib", "to plot the table")
@@ -115,9 +105,6 @@ def main(argv: list[str] | None = None) -> None:
     table.add("real clips (VAE)", bench.floor_clips)
     for method in teacher_methods(stack, args.guidance) + student_methods(stack, student):
         table.add_method(method)
-    if args.ablations:
-        for name, options in ablations(load_config([])).items():
-            table.add_runs(f"{name}{SHORT}", [ablation(stack, name, options, seed, args.out) for seed in range(args.seeds)])
     table.write(about, args.page)
     logger.info("Figures: %s", folder / "report.md")
 
@@ -159,48 +146,6 @@ def student_methods(stack: Stack, student: Student, steps: Sequence[int] = (1, 2
         student_method(f"{name} {steps_in_words(n)}", predict, student_timesteps(info.timesteps, n, info.chain), info.chain)
         for n in steps
     ]
-
-
-def ablations(recipe: DistillConfig) -> dict[str, list[str]]:
-    """The options of the rows: a recipe with one of its parts left out or replaced, everything else the same."""
-    as_long = recipe.warmup.updates + recipe.run.updates
-    return dict([SHARED]) | {
-        "warm-up alone for as long": ["--run.updates", "0", "--warmup.updates", str(as_long)],
-        "SDM only": ["--adm.weight", "0"],
-        "ADM only": ["--sdm.weight", "0"],
-        "AVDM2": [],
-    }
-
-
-def ablation(stack: Stack, name: str, options: list[str], seed: int, out: Path) -> Method:
-    """The short recipe with `options`, trained here unless that was done before; its first updates are those of `SHARED`."""
-    config, file = short_run(stack, name, options, seed, out)
-    return student_methods(stack, read_student(file), [len(config.student.steps)], f"{name}, seed {seed},")[0]
-
-
-def short_run(stack: Stack, name: str, options: list[str], seed: int, out: Path) -> tuple[DistillConfig, Path]:
-    """(settings, student's file) of an ablation's training."""
-    folder = out / "ablations" / f"{name.lower().replace(' ', '-')}-{seed}"
-    config = load_config(["--run.folder", str(folder), "--run.seed", str(seed), "--model.teacher", str(stack.folder), *options])
-    if name != SHARED[0] and not folder.exists():
-        _, shared = short_run(stack, *SHARED, seed, out)
-        branch(shared.parent, folder, config)
-    file = folder / "student.safetensors"
-    if not file.exists():
-        with RunFolder(folder) as run:
-            distil(config, run, report=False)
-    return config, file
-
-
-def branch(source: Path, folder: Path, config: DistillConfig) -> None:
-    """Begins a run in `folder` from another's newest checkpoint, whose updates it would have made just so.
-
-    That holds where the two differ in what comes later only: all randomness is keyed by seed and sample.
-    """
-    newest = Checkpoints(source / "checkpoints", keep=1).paths()[-1]
-    (folder / "checkpoints").mkdir(parents=True)
-    write_text_atomically(folder / "config.yaml", to_yaml(config))
-    write_atomically(folder / "checkpoints" / newest.name, lambda temporary: shutil.copy(newest, temporary))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,10 @@ from avdm2_nodes.files.student_info import StudentInfo
 from avdm2_nodes.files.student_unet import student_unet
 from training import evaluate
 from training.data.clips import write_clips
-from training.distill import distil
 from training.evaluation.backbones import BackboneError, load_clip
 from training.evaluation.report import QUESTIONS
 from training.evaluation.rows import Bench
-from training.run.command_line import load_config
-from training.run.folder import RunFolder, RunFolderError
+from training.run.folder import RunFolderError
 
 
 @pytest.fixture(scope="module")
@@ -121,22 +119,6 @@ def test_rows_that_were_measured_are_not_sampled_again(run, monkeypatch):
     first = (run() / "report.json").read_text()
     monkeypatch.setattr(Bench, "sample", lambda *_: pytest.fail("a row was sampled again"))
     assert (run() / "report.json").read_text() == first
-
-
-def test_a_row_that_goes_on_from_the_shared_warm_up_is_what_its_own_run_would_be(stack, tmp_path, monkeypatch):
-    options = ["--warmup.updates", "2", "--run.updates", "1", "--run.batch", "4", "--data.render", "8"]
-    options += ["--data.folder", str(tmp_path / "data")]
-    monkeypatch.setattr(evaluate, "SHARED", ("warm-up only", [*options, "--run.updates", "0"]))
-    evaluate.ablation(stack, "ADM only", [*options, "--sdm.weight", "0"], 3, tmp_path)
-    shared, warm = (tmp_path / "ablations" / name for name in ("adm-only-3", "warm-up-only-3"))
-    assert [json.loads(line)["update"] for line in (shared / "stats.jsonl").read_text().splitlines()] == [3]
-
-    settings = ["--run.folder", str(tmp_path / "own"), "--run.seed", "3", "--model.teacher", str(stack.folder)]
-    with RunFolder(tmp_path / "own") as held:
-        distil(load_config([*settings, *options, "--sdm.weight", "0"]), held, report=False)
-    mine, own, before = (load_file(folder / "student.safetensors") for folder in (shared, tmp_path / "own", warm))
-    assert all((mine[name] == own[name]).all() for name in own)
-    assert any((mine[name] != before[name]).any() for name in own)
 
 
 def test_places_that_cannot_be_written_are_told_before_anything_is_measured(run, tmp_path, monkeypatch):

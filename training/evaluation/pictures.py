@@ -126,6 +126,44 @@ def _kind(path: str | Path) -> str:
     return Image.registered_extensions()[Path(path).suffix.lower()]
 
 
+def plot_gain(
+    tables: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]],
+    path: str | Path,
+    *,
+    teacher: str,
+    floor: str,
+    metric: str = "Fréchet distance",
+) -> None:
+    """Saves a curve a row: its figure over its teacher's, a point for each of `tables` (a teacher's rows, as `plot_table`'s).
+
+    `teacher` and `floor` name the rows of the teachers and of the best that can be reached. Below the diagonal a row passes its teacher.
+    """
+    tables = dict(sorted(tables.items(), key=lambda item: item[1][teacher][metric][0]))
+    x = [rows[teacher][metric][0] for rows in tables.values()]
+    figure = needs("matplotlib.figure", "to plot figures").Figure(figsize=(7.5, 5), dpi=120, layout="constrained")
+    axis, best = figure.subplots(), [rows[floor][metric][0] for rows in tables.values()]
+    axis.plot(x, x, color="#1c1c1e", linewidth=1.0, linestyle=":", label=teacher)
+    axis.plot(x, best, color="#1c1c1e", linewidth=1.0, linestyle="--", label=floor)
+    shared = [name for name in next(iter(tables.values())) if all(name in rows for rows in tables.values())]
+    for name in shared:
+        if name.startswith(("real clips", "teacher")):
+            continue
+        points = [rows[name][metric] for rows in tables.values()]
+        values = [value for value, _, _ in points]
+        (line,) = axis.plot(x, values, marker="o", markersize=4, linewidth=1.4, label=name)
+        axis.vlines(x, [low for _, low, _ in points], [high for *_, high in points], color=line.get_color(), linewidth=1.0)
+    for name, place in zip(tables, x, strict=True):
+        axis.annotate(
+            name, (place, 0), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points", fontsize=8
+        )
+    axis.set_xlabel(f"{metric} of the teacher (lower is better)", fontsize=9)
+    axis.set_ylabel(f"{metric} of the student", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
 def _check(rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str]) -> None:
     counts = {name: len(clips) for name, clips in rows.items()}
     if not rows or set(counts.values()) != {len(captions)} or not captions:

@@ -9,7 +9,7 @@ from training.evaluation.measure import BETTER, PUBLIC_BETTER, Figure
 from training.run.checkpoint import write_text_atomically
 from training.world.oracle import ATTRIBUTES
 
-_DIGITS = {"KID": 3, "Fréchet distance": 2, "motion error": 2, "jitter": 2, "diversity": 2, "seconds": 3}
+_DIGITS = {"KID": 3, "Fréchet distance": 2, "motion error": 2, "jitter": 2, "diversity": 2, "seconds": 3, "training seconds": 0}
 _PERCENT = {
     "style",
     "accuracy",
@@ -28,7 +28,7 @@ QUESTIONS = {
     "Quality": ("style", "accuracy", "frame accuracy", *ATTRIBUTES, "CLIPScore"),
     "Motion": ("motion error", "dynamic degree", "jitter"),
     "Distances and diversity": ("KID", "Fréchet distance", "coverage", "density", "diversity", "FVD", "VideoMAE distance"),
-    "Cost": ("evaluations", "image evaluations", "seconds"),
+    "Cost": ("evaluations", "image evaluations", "seconds", "training seconds"),
 }
 
 

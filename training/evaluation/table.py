@@ -17,7 +17,6 @@ from training.run.folder import RunFolderError, require_writable, told_of_disk
 logger = logging.getLogger(__name__)
 
 PLOTTED = ("accuracy", "Fréchet distance", "KID", "motion error", "coverage", "diversity", *PUBLIC_BETTER)
-SHORT = ", short"  # behind the names of the rows that evaluate.py's ablations give
 SHOWN = 4  # prompts in the pictures
 
 
@@ -41,32 +40,31 @@ class Table:
         of_images = {"image evaluations": method.image_evaluations} if method.image_evaluations else {}
         self.costs[method.name] = {"evaluations": method.evaluations, **of_images, "seconds": seconds}
 
-    def add_runs(self, name: str, methods: list[Method]) -> None:
-        """One row for several training seeds: the mean of each figure, and the range of the seeds as its interval."""
+    def add_runs(self, name: str, methods: list[Method], training: list[float]) -> None:
+        """One row for several training seeds: the mean of each figure, and the range of the seeds as its interval.
+
+        `training` are the seconds that each took.
+        """
         for method in methods:
             self.add_method(method)
         runs = [self.rows.pop(method.name) for method in methods]
-        self.costs[name] = {"evaluations": methods[0].evaluations, "seconds": self.costs[methods[0].name]["seconds"]}
+        sampling = {key: self.costs[methods[0].name][key] for key in ("evaluations", "seconds")}
+        self.costs[name] = sampling | {"training seconds": float(np.mean(training))}
         self.shown[name] = self.shown[methods[0].name]
         for method in methods:
             del self.costs[method.name], self.shown[method.name]
         values = {key: [run[key][0] for run in runs] for key in runs[0]}
         self.rows[name] = {key: (float(np.mean(v)), min(v), max(v)) for key, v in values.items()}
 
-    def write(self, about: dict, page: Path | None) -> None:
-        """report.json, report.md, clips.png, clips.webp, plot.png; and the tables into `page`, between its markers.
+    def write(self, about: dict, page: Path | None, section: str = "results") -> None:
+        """report.json, report.md, clips.png, clips.webp, plot.png; and the tables into a section of `page`, between its markers.
 
         RunFolderError where one cannot be written.
         """
         with told_of_disk(self.folder):
             self._write(about)
         if page is not None:
-            short = {name: row for name, row in self.rows.items() if name.endswith(SHORT)}
-            rows = {name: row for name, row in self.rows.items() if name not in short}
-            insert(page, "results", tables_by_question(rows, self.costs), about)
-            if short:
-                of_seeds = about | {"student": "one a row and training seed: the mean of the seeds, and their range"}
-                insert(page, "ablations", tables_by_question(short, self.costs), of_seeds)
+            insert(page, section, tables_by_question(self.rows, self.costs), about)
 
     def _write(self, about: dict) -> None:
         write_report(self.folder, "What distillation buys", self.rows, self.costs, about)

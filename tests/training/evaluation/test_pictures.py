@@ -68,6 +68,17 @@ def test_plot_of_a_table_with_gaps(tmp_path):
     assert pixels(image, (61, 111, 180)) > 500 and pixels(image, (169, 184, 204)) > 1000
 
 
+def test_plot_of_what_ways_make_of_their_teachers(tmp_path):
+    def rows(teacher, student):
+        values = {"taught": teacher, "real": 0.6, "way": student}
+        return {name: {"Fréchet distance": (value, value - 0.1, value + 0.1)} for name, value in values.items()}
+
+    tables = {"well": rows(1.0, 0.8), "little": rows(4.0, 1.5), "some": rows(2.0, 1.0) | {"alone": rows(2.0, 9.0)["way"]}}
+    pictures.plot_gain(tables, tmp_path / "gain.png", teacher="taught", floor="real")
+    with_all = Image.open(tmp_path / "gain.png")
+    assert with_all.width > with_all.height and pixels(with_all, (31, 119, 180)) > 200  # the first colour of a curve
+
+
 def test_refusals(tmp_path):
     with pytest.raises(ValueError, match="one clip a caption"):
         pictures.contact_sheet(ROWS, CAPTIONS[:1], tmp_path / "a.png")
