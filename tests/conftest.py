@@ -96,7 +96,7 @@ def make_config():
         "model": {"lora_rank": 2},
         "student": {"warmup": 2, "lr": 1e-3},
         "sdm": {"lr": 1e-3, "updates_per_student": 1},
-        "adm": {"lr": 1e-3, "updates_per_student": 1},
+        "adm": {"lr": 1e-3, "updates_per_student": 1, "width": 16},
         "warmup": {"updates": 0},
         "style": {"image_steps": 4, "image_batch": 2},
         "evaluation": {"clips": 6, "teacher_steps": 1},
@@ -117,7 +117,7 @@ def make_distillation():
     def make(stack, config, score_unet=None, processes=None):
         roles = new_roles(config, stack, score_unet, half=config.run.precision == "bf16")
         torch.manual_seed(0)
-        heads = heads_for(list(WIDTHS), config, 16)
+        heads = heads_for(list(WIDTHS), config)
         return Distillation(config, roles, heads, torch.zeros(1, TOKENS, TEXT_WIDTH), torch.device("cpu"), processes)
 
     return make

@@ -92,11 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     config_help = "the recipe (default: the main job's); its data, model and evaluation bear on all rows"
     parser.add_argument("--config", type=Path, metavar="FILE", help=config_help)
-    known = [path.name for path in sorted((MODEL / "teachers").glob("*/"))]
-    teacher_help = (
-        f"of {', '.join([*known, OWN])}: motion modules that were trained for less, or the model's own (default: {OWN})"
-    )
-    parser.add_argument("--teachers", nargs="+", default=[OWN], choices=[*known, OWN], metavar="NAME", help=teacher_help)
+    known = ", ".join(sorted(path.name for path in (MODEL / "teachers").iterdir()))
+    teacher_help = f"motion modules in the model's folder of teachers ({known}), or {OWN}, the model's own (default)"
+    parser.add_argument("--teachers", nargs="+", type=_name, default=[OWN], metavar="NAME", help=teacher_help)
     every = list(ways(load_config([])))
     parser.add_argument(
         "--rows", nargs="+", default=every, choices=every, metavar="ROW", help=f"only these of: {'; '.join(every)}"

@@ -85,3 +85,9 @@ def test_a_row_that_goes_on_from_the_shared_warm_up_is_what_its_own_run_would_be
     ours, before = load_file(mine), load_file(tmp_path / "own" / "runs" / "warm-up-only-3" / "student.safetensors")
     assert all(torch.equal(ours[name], own[name]) for name in own)
     assert any(not torch.equal(ours[name], before[name]) for name in own)
+
+
+def test_a_teachers_name_does_not_leave_its_folder(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--teachers", "../other"])
+    assert "expected the name of a folder, found '../other'" in capsys.readouterr().err

@@ -40,10 +40,10 @@ class DiscriminatorHeads(nn.Module):
         return torch.cat([logits, self.judge_motion(_brought_together(moved, self.project_motion)).flatten(1)], 1)
 
 
-def heads_for(channels: list[int], config: DistillConfig, width: int = 64) -> DiscriminatorHeads:
+def heads_for(channels: list[int], config: DistillConfig) -> DiscriminatorHeads:
     """The heads that a run's settings ask for."""
     frames_alone = config.method.kind == "motion-consistency"
-    return DiscriminatorHeads(channels, width, config.adm.motion and not frames_alone, frames_alone)
+    return DiscriminatorHeads(channels, config.adm.width, config.adm.motion and not frames_alone, frames_alone)
 
 
 def _projections(channels: list[int], width: int) -> nn.ModuleList:

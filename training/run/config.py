@@ -128,11 +128,6 @@ class DistillConfig(BaseSettings):
             problems.append(
                 f"style.images: expected null where model.train is {model.train}, found {portable(images)}; set model.train style."
             )
-        if self.adm.weight > 0 and self.sdm.weight == 0 and self.adm.start_update > 0:
-            problems.append(
-                f"adm.start_update: expected 0 where sdm.weight is 0, found {self.adm.start_update}; "
-                "the updates before it would have no loss."
-            )
         if problems:
             raise ValueError("\n".join(problems))
         return self

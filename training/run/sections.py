@@ -177,13 +177,16 @@ class AdmConfig(Section):
         description="updates before the newest whose clips the heads go on learning from, as the encoder saw them; their features stay "
         "in memory; 0: the newest clips alone, with new noise in each of the heads' updates",
     )
+    width: int = Field(64, ge=8, multiple_of=8, description="channels of the heads")
     motion: bool = Field(False, description="heads on the differences between frames beside those on the frames")
     relativistic: bool = Field(False, description="a clip of the student is judged against a real one of its caption")
     normalised: bool = Field(False, description="each clip's gradient is brought to a mean size of 1")
     r1_weight: float = Field(0.1, ge=0, description="of the approximate R1 penalty, on real clips; 0 leaves it out")
     r2_weight: float = Field(0.0, ge=0, description="of the same on the student's clips")
     r1_sigma: float = Field(0.1, gt=0, description="standard deviation of their perturbation")
-    start_update: int = Field(0, ge=0, description="student updates before this one go without ADM")
+    start_update: int = Field(
+        0, ge=0, description="updates before this one go without ADM; without SDM the student waits for the heads"
+    )
 
 
 class StyleConfig(Section):

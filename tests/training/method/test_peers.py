@@ -133,7 +133,7 @@ def test_frames_are_judged_alone(stack, make_config):
     x, t, text = torch.randn(2, 4, 3, 8, 8), torch.tensor([100, 500]), torch.randn(2, 32, 32)
     with torch.no_grad():
         features = encoder(x, t, text)
-        heads = heads_for([f.shape[1] for f in features], config, 16)
+        heads = heads_for([f.shape[1] for f in features], config)
         logits = heads(features).unflatten(1, (3, -1))
         x[:, :, 1] = torch.randn(2, 4, 8, 8)
         other = heads(encoder(x, t, text)).unflatten(1, (3, -1))

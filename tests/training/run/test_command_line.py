@@ -121,7 +121,6 @@ def test_an_unknown_section(load):
         (["--run.accumulate", "3"], ["run.batch", "run.accumulate"]),
         (["--run.accumulate", "0"], ["run.accumulate", "at least 1, or auto", "'0'"]),
         (["--model.gradient_checkpointing", "some"], ["model.gradient_checkpointing", "true, false or auto", "'some'"]),
-        (["--sdm.weight", "0", "--adm.start_update", "5"], ["adm.start_update"]),
     ],
 )
 def test_wrong_values_are_one_sentence(load, arguments, words):
