@@ -30,7 +30,7 @@ class Noise:
     def __len__(self) -> int:
         return 1024
 
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: list[int], clips: bool = True) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(indices[0])
         clips = torch.randn(len(indices), *self.shape, generator=generator)
         return clips.to(self.text.device), self.text.expand(len(indices), -1, -1)

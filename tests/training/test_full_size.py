@@ -38,7 +38,7 @@ class OneClip:
     def __len__(self):
         return 1
 
-    def batch(self, indices):
+    def batch(self, indices, clips=True):
         return self.clip, self.text
 
 

@@ -89,7 +89,7 @@ class Noise:
     def __len__(self) -> int:
         return 1024
 
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: list[int], clips: bool = True) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(indices[0])
         clips = torch.randn(len(indices), 4, self.frames, SIDE, SIDE, generator=generator)
         return clips, torch.randn(len(indices), TOKENS, TEXT_WIDTH, generator=generator)

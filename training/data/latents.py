@@ -90,10 +90,10 @@ class Prompts:
 
 
 class LatentClips:
-    """Batches of captioned clips in model space on a device, from videos, from a cache, or of captions alone."""
+    """Batches of captioned clips of `shape` (C, F, h, w) in model space on a device, from videos, from a cache, or of captions alone."""
 
-    def __init__(self, source: EncodedClips | Cache | Prompts, encoder: Encoder):
-        self.source, self.encoder = source, encoder
+    def __init__(self, source: EncodedClips | Cache | Prompts, encoder: Encoder, shape: Sequence[int]):
+        self.source, self.encoder, self.shape = source, encoder, shape
 
     def __len__(self) -> int:
         return len(self.source.captions)
@@ -109,14 +109,27 @@ class LatentClips:
         words = json.dumps([self.captions, pictures])
         return {"clips": len(self), "sha256": hashlib.sha256(words.encode()).hexdigest()}
 
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """(clips (B, C, F, h, w), text embeddings (B, L, D)) of some indices, float32, on the device."""
+    def batch(self, indices: list[int], clips: bool = True) -> tuple[Tensor, Tensor]:
+        """(clips (B, C, F, h, w), text embeddings (B, L, D)) of some indices, float32, on the device.
+
+        Where nobody looks at the clips, `clips` is false: there are zeros in their place, and no video is decoded or encoded.
+        """
+        if not clips:
+            return torch.zeros(len(indices), *self.shape, device=self.encoder.device), self.text(
+                [self.captions[i] for i in indices]
+            )
         clips, texts = zip(*(self.source.read(i) for i in indices), strict=True)
         return torch.stack(clips).to(self.encoder.device), torch.stack(texts).to(self.encoder.device)
 
     def text(self, captions: list[str]) -> Tensor:
         """(B, L, D) float32 embeddings of captions, on the device."""
         return torch.stack([self.encoder.text(caption) for caption in captions]).to(self.encoder.device)
+
+
+def latent_shape(config: DistillConfig, encoder: Encoder) -> tuple[int, int, int, int]:
+    """(C, F, h, w) of the clips that the settings ask for."""
+    data, stack = config.data, encoder.stack
+    return stack.vae.config.latent_channels, data.frames, data.height // stack.pixels, data.width // stack.pixels
 
 
 def open_clips(config: DistillConfig, stack: Stack, device: torch.device) -> LatentClips:
@@ -131,6 +144,6 @@ def open_clips(config: DistillConfig, stack: Stack, device: torch.device) -> Lat
         told(data.folder, len(cache), "clips", cache.left_out)
         if data.fps is None:
             tell_of_rates(cache.rates)
-        return LatentClips(cache, encoder)
+        return LatentClips(cache, encoder, latent_shape(config, encoder))
     clips = ClipFolder(data.folder, data.frames, data.height, data.width, data.stride, fps=data.fps, strict=data.strict)
-    return LatentClips(EncodedClips(clips, encoder), encoder)
+    return LatentClips(EncodedClips(clips, encoder), encoder, latent_shape(config, encoder))

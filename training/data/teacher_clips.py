@@ -11,7 +11,7 @@ from avdm2_nodes.diffusion.unets import Predictor
 from training.data import DataError
 from training.data.cache import Cache, LatentClip, Maker, space_of, write_cache
 from training.data.captions import words
-from training.data.latents import Encoder, LatentClips, Prompts
+from training.data.latents import Encoder, LatentClips, Prompts, latent_shape
 from training.data.unusable import Unusable
 from training.run.config import DistillConfig
 from training.run.precision import autocast, uses_bf16
@@ -31,12 +31,6 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise DataError(f"Expected a prompt a line in {path}, found none; write some.")
     return prompts
-
-
-def latent_shape(config: DistillConfig, encoder: Encoder) -> tuple[int, int, int, int]:
-    """(C, F, h, w) of the clips that the settings ask for."""
-    data, stack = config.data, encoder.stack
-    return stack.vae.config.latent_channels, data.frames, data.height // stack.pixels, data.width // stack.pixels
 
 
 def sampled_clips(
@@ -83,10 +77,11 @@ def clips_for_prompts(
     """What `data.prompts` stands for: where ADM is on, a cache in `folder` of the teacher's clips, made as far as it is not there."""
     prompts = read_prompts(config.data.prompts)
     if not config.has_heads and config.method.kind == "avdm2":
-        return LatentClips(Prompts(prompts, latent_shape(config, encoder), encoder), encoder)
+        shape = latent_shape(config, encoder)
+        return LatentClips(Prompts(prompts, shape, encoder), encoder, shape)
     space = space_of(encoder.stack, config.data)
     source, make = sampled_clips(config, teacher, teacher_hash, encoder, prompts)
     source["precision"] = "bf16" if uses_bf16(encoder.device, config.run.precision) else "float32"
     folder.mkdir(exist_ok=True)
     write_cache(folder, space | {"stride": None, "fps": None}, source, config.data.clips, SHARD_CLIPS, make)
-    return LatentClips(Cache(folder, space), encoder)
+    return LatentClips(Cache(folder, space), encoder, latent_shape(config, encoder))

@@ -55,6 +55,11 @@ def student_learns(config: DistillConfig, phase: Phase) -> bool:
     return config.matches_frames or phase.adm if phase.matching else config.warmup.guidance != 1
 
 
+def sees_clips(config: DistillConfig, phase: Phase) -> bool:
+    """Whether the clips of the data are looked at in a phase, and not only their captions."""
+    return config.method.kind != "avdm2" or (config.has_heads and phase.critics)
+
+
 class Distillation:
     """One run's state and its three kinds of update."""
 
@@ -163,8 +168,9 @@ class Distillation:
         figures: dict[str, float] = {}
         terms: dict[str, Tensor] = {}
         made_parts = []
+        looks = sees_clips(config, phase_of(config, step))
         for start in range(places.start, places.stop, part):
-            real, text = data.batch(indices(start, part, len(data), config.run.seed))
+            real, text = data.batch(indices(start, part, len(data), config.run.seed), looks)
             with torch.set_grad_enabled(trains_student):
                 made, clips = self.make_clips(real, text, range(start, start + part))
             made_parts.append(made)

@@ -53,7 +53,7 @@ class Clips(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]: ...
+    def batch(self, indices: list[int], clips: bool = True) -> tuple[Tensor, Tensor]: ...
 
 
 class TimedClips:
@@ -65,9 +65,9 @@ class TimedClips:
     def __len__(self) -> int:
         return len(self.clips)
 
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: list[int], clips: bool = True) -> tuple[Tensor, Tensor]:
         began = time.perf_counter()
-        made = self.clips.batch(indices)
+        made = self.clips.batch(indices, clips)
         self.seconds += time.perf_counter() - began
         return made
 

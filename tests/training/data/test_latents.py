@@ -18,7 +18,7 @@ def clips(tmp_path):
 
 def latents(clips, stack):
     encoder = Encoder(stack, torch.device("cpu"), "float32")
-    return LatentClips(EncodedClips(clips, encoder), encoder)
+    return LatentClips(EncodedClips(clips, encoder), encoder, (4, 8, 8, 8))
 
 
 def test_clips_are_the_stacks_latents_times_the_scaling_factor(clips, stack):
@@ -29,6 +29,15 @@ def test_clips_are_the_stacks_latents_times_the_scaling_factor(clips, stack):
         expected = stack.vae.encode(frame).latents[0] * 2.0
     torch.testing.assert_close(x[0, :, 5], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(text[0], stack.encode_text([clips.captions[2]])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_where_nobody_looks_at_the_clips_none_is_encoded(clips, stack):
+    data = latents(clips, stack)
+    x, text = data.batch([0, 2])
+    data.encoder.clip = None  # fails where it is called
+    blank, same = data.batch([0, 2], clips=False)
+    assert torch.equal(same, text) and torch.equal(blank, torch.zeros_like(x))
+    assert torch.equal(data.batch([0, 2])[0], x)  # kept
 
 
 def test_a_clip_is_bitwise_the_same_in_whatever_batch_it_comes_first(clips, stack):

@@ -311,6 +311,17 @@ def test_the_critics_may_begin_late_in_the_warm_up(stack, make_distillation, mak
     assert {"guidance", "fake", "critic"} < run.update(1, random_clips).keys()
 
 
+def test_clips_of_the_data_are_asked_for_where_a_critic_looks_at_them(stack, make_distillation, make_config, random_clips):
+    warmup, asked = {"updates": 2, "critics_from": 1}, []
+    for adm in (0.1, 0):
+        run = make_distillation(stack, make_config(warmup=warmup, adm={"weight": adm}, student={"steps": [499]}))
+        data = type("Data", (), {"__len__": lambda _: len(random_clips)})()
+        data.batch = lambda indices, clips=True: asked.append(clips) or random_clips.batch(indices, clips)
+        for step in range(3):
+            run.update(step, data)
+    assert asked == [False, True, True] + [False] * 3
+
+
 def test_distribution_matching_begins_from_the_averaged_weights(stack, make_distillation, make_config, random_clips):
     run = make_distillation(stack, make_config(warmup={"updates": 3, "lr": 1e-2}, student={"steps": [499]}))
     for step in range(3):

@@ -18,7 +18,7 @@ class Clips:
     def __len__(self):
         return 3
 
-    def batch(self, indices):
+    def batch(self, indices, clips=True):
         time.sleep(self.delay)
         return torch.tensor(indices), torch.tensor(indices)
 

@@ -103,9 +103,9 @@ class Watched:
     def __len__(self):
         return len(self.clips)
 
-    def batch(self, indices):
+    def batch(self, indices, clips=True):
         self.asked += indices
-        return self.clips.batch(indices)
+        return self.clips.batch(indices, clips)
 
 
 @pytest.fixture
