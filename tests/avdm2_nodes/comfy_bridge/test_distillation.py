@@ -78,7 +78,7 @@ def test_the_miniature_has_settings_of_its_own(config_of, miniature, files, tmp_
     for settings in (FITS_24GB, ALL):
         config = config_of(miniature, files.RENDERED, 0, settings)
         assert config.model.teacher == files.BUNDLED and config.model.train == "all" and config.data.frames == 8
-        assert config.data.render == 1024 and config.data.folder == tmp_path / "mine" / "videos"
+        assert config.data.render == 512 and config.data.folder == tmp_path / "mine" / "videos"
         assert (config.warmup.updates, config.run.updates) == (80, 50)
 
 
