@@ -45,12 +45,13 @@ def run(recipe, tmp_path, monkeypatch):
     return inner
 
 
+@pytest.mark.slow
 def test_every_way_is_trained_on_every_teacher_and_goes_into_table_plot_and_page(run, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     sections = [f"<!-- comparison {name} -->\nold\n<!-- end of comparison {name} -->\n" for name in ("own", "other")]
     page.write_text("before\n" + "between\n".join(sections) + "after\n")
-    rows = ["warm-up only", "ADM only", "consistency (AnimateLCM)", "AVDM2, 1 step"]
-    options = ["--teachers", "own", "other", "--seeds", "2", "--rows", *rows, "--page", str(page)]
+    rows = ["ADM only", "AVDM2, 1 step"]
+    options = ["--teachers", "own", "other", "--seeds", "1", "--rows", *rows, "--page", str(page)]
     out = run(*options)
     own, other = page.read_text().split("between")
     for text in (own, other):
@@ -60,14 +61,14 @@ def test_every_way_is_trained_on_every_teacher_and_goes_into_table_plot_and_page
         )
         assert "seed 0" not in text and "training: 3 updates of 4 clips" in text
     report = json.loads(next((out / "own").glob("*/report.json")).read_text())["rows"]
-    assert [report[name]["evaluations"] for name in rows] == [4, 4, 4, 1]
+    assert [report[name]["evaluations"] for name in rows] == [4, 1]
     assert all(report[name]["training seconds"] > 0 for name in rows)
-    updates = {
-        name: len(path.read_text().splitlines())
-        for name in rows
-        for path in (out / "own" / "runs").glob(f"{name[:6]}*-0/stats.jsonl")
-    }
-    assert updates == {"warm-up only": 2, "ADM only": 3, "consistency (AnimateLCM)": 3, "AVDM2, 1 step": 3}
+    runs = out / "own" / "runs"
+    updates = [
+        len((runs / name / "stats.jsonl").read_text().splitlines())
+        for name in ("warm-up-only-0", "ADM-only-0", "AVDM2--1-step-0")
+    ]
+    assert updates == [2, 3, 3]
     assert Image.open(out / "gain.png").width > 500
 
     monkeypatch.setattr(Bench, "sample", lambda *_: pytest.fail("a row was sampled again"))
