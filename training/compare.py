@@ -41,14 +41,14 @@ from training.evaluation.feature_net import content_hash, load_features_of
 from training.evaluation.measure import Figure
 from training.evaluation.pictures import plot_gain
 from training.evaluation.rows import Bench, Method, student_method, teacher_method
-from training.evaluation.table import Table
+from training.evaluation.table import Table, require_page
 from training.method.errors import EXPECTED_ERRORS
 from training.run import console
-from training.run.checkpoint import Checkpoints, write_atomically
+from training.run.checkpoint import Checkpoints, write_atomically, write_text_atomically
 from training.run.command_line import load_config
 from training.run.config import MODEL, DistillConfig, to_yaml
 from training.run.console import between, scale
-from training.run.folder import RunFolder
+from training.run.folder import RunFolder, require_writable, told_of_disk
 from training.run.packages import needs
 from training.run.precision import pick_device
 from training.run.sections import ROOT
@@ -91,7 +91,7 @@ def _name(text: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     config_help = "the recipe (default: the main job's); its data, model and evaluation bear on all rows"
-    parser.add_argument("--config", type=Path, metavar="FILE", help=config_help)
+    parser.add_argument("--config", type=console.path, metavar="FILE", help=config_help)
     known = ", ".join(sorted(path.name for path in (MODEL / "teachers").iterdir()))
     teacher_help = f"motion modules in the model's folder of teachers ({known}), or {OWN}, the model's own (default)"
     parser.add_argument("--teachers", nargs="+", type=_name, default=[OWN], metavar="NAME", help=teacher_help)
@@ -102,15 +102,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=between(1, 100), default=3, help="training seeds of a row (default: 3)")
     parser.add_argument("--clips", type=between(6, 2**20), default=1024, help="clips a row and seed (default: 1024)")
     parser.add_argument("--guidance", type=scale, default=3.0, help="CFG scale of the teachers' own rows (default: 3)")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "comparison", help="where runs, rows and reports are kept")
+    parser.add_argument(
+        "--out", type=console.path, default=ROOT / "runs" / "comparison", help="where runs, rows and reports are kept"
+    )
     page_help = "a page whose sections <!-- comparison NAME -->, one a teacher, are to be replaced"
-    parser.add_argument("--page", type=Path, metavar="FILE", help=page_help)
+    parser.add_argument("--page", type=console.path, metavar="FILE", help=page_help)
     args = parser.parse_args(argv)
-    needs("matplotlib", "to plot the table")  # before hours of training
+    # All this before hours of training.
+    needs("matplotlib", "to plot the table")
+    require_writable(args.out)
+    require_page(args.page, [section_of(name) for name in args.teachers])
     recipe = ["--config", str(args.config)] if args.config else []
     tables = {name: compare(name, recipe, args) for name in args.teachers}
     plot_gain(tables, args.out / "gain.png", teacher=TAUGHT, floor=FLOOR)
     logger.info("Figures: %s", ", ".join(str(args.out / name / "report.md") for name in tables))
+
+
+def section_of(teacher: str) -> str:
+    """Of a page, in which the rows of a teacher go."""
+    return f"comparison {teacher}"
 
 
 def compare(teacher: str, recipe: list[str], args: argparse.Namespace) -> dict[str, dict[str, Figure]]:
@@ -144,9 +154,10 @@ def compare(teacher: str, recipe: list[str], args: argparse.Namespace) -> dict[s
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device.type}",
         "torch": torch.__version__,
     }
-    table.write(about, args.page, f"comparison {teacher}")
-    for name in ("report.md", "clips.png"):
-        shutil.copy(table.folder / name, folder / name)
+    table.write(about, args.page, section_of(teacher))
+    with told_of_disk(folder):
+        for name in ("report.md", "clips.png"):
+            write_atomically(folder / name, lambda temporary, name=name: shutil.copy(table.folder / name, temporary))
     return table.rows
 
 
@@ -183,10 +194,11 @@ def branch(source: Path, folder: Path, config: DistillConfig) -> None:
     That holds where the two differ in what comes later only: all randomness is keyed by seed and sample.
     """
     newest = Checkpoints(source / "checkpoints", keep=1).paths()[-1]
-    (folder / "checkpoints").mkdir(parents=True)
-    shutil.copy(source / "stats.jsonl", folder / "stats.jsonl")
-    (folder / "config.yaml").write_text(to_yaml(config))
-    write_atomically(folder / "checkpoints" / newest.name, lambda temporary: shutil.copy(newest, temporary))
+    with told_of_disk(folder):
+        (folder / "checkpoints").mkdir(parents=True)
+        shutil.copy(source / "stats.jsonl", folder / "stats.jsonl")
+        write_text_atomically(folder / "config.yaml", to_yaml(config))
+        write_atomically(folder / "checkpoints" / newest.name, lambda temporary: shutil.copy(newest, temporary))
 
 
 def seconds_of(file: Path) -> float:

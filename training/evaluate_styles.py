@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     args.style_file = args.style_file or (beside if beside.is_file() else None)
 
     require_writable(args.out)  # before hours of measuring
-    require_page(args.page)
+    require_page(args.page, ["styles"])
     device = pick_device()
     stack, style = load_stack(args.model), load_image_unet(args.style).to(device)
     stack.image_unet.to(device)

@@ -161,7 +161,7 @@ def plot_gain(
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=Path(path).suffix[1:]))
 
 
 def _check(rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str]) -> None:

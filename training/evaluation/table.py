@@ -1,7 +1,7 @@
 """A table of rows, each measured once and kept on disk: a command goes on where it was stopped."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,12 +89,25 @@ class Table:
         return self.folder / "rows" / ("".join(c if c.isalnum() else "-" for c in name) + ".safetensors")
 
 
-def require_page(page: Path | None) -> None:
-    """RunFolderError where `insert` could not write: to be told so before hours of measuring."""
-    if page is not None and not is_file(page):
+def require_page(page: Path | None, sections: Sequence[str] = ("results",)) -> None:
+    """RunFolderError where `insert` could not write, or would find no place to: to be told so before hours of measuring."""
+    if page is None:
+        return
+    if not is_file(page):
         raise RunFolderError(f"Expected a page for the tables at {page}, found {lies_at(page)}; name another with --page.")
-    if page is not None:
-        require_writable(page.parent, "--page")
+    require_writable(page.parent, "--page")
+    with told_of_disk(page.parent):
+        text = page.read_text(encoding="utf-8", errors="replace")
+    for section in sections:
+        begin, end = _markers(section)
+        if not 0 <= text.find(begin) < text.find(end):
+            raise RunFolderError(
+                f"Expected in {page} the lines {begin} and {end}, found not both of them; write them where the tables are to go."
+            )
+
+
+def _markers(section: str) -> tuple[str, str]:
+    return f"<!-- {section} -->", f"<!-- end of {section} -->"
 
 
 def insert(page: Path, section: str, tables: str, about: dict) -> None:
@@ -102,7 +115,7 @@ def insert(page: Path, section: str, tables: str, about: dict) -> None:
 
     RunFolderError where it cannot be written.
     """
-    begin, end = f"<!-- {section} -->", f"<!-- end of {section} -->"
+    begin, end = _markers(section)
     head, _, rest = page.read_text(encoding="utf-8").partition(begin)
     _, _, tail = rest.partition(end)
     facts = "; ".join(f"{key}: {value}" for key, value in about.items())

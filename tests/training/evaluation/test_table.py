@@ -2,7 +2,8 @@ import pytest
 
 from training.evaluation.feature_net import load_features_of
 from training.evaluation.rows import Bench, Method
-from training.evaluation.table import Table
+from training.evaluation.table import Table, require_page
+from training.run.folder import RunFolderError
 
 
 def test_a_row_of_several_seeds_is_their_mean_and_range(stack, tmp_path):
@@ -31,3 +32,14 @@ def test_a_table_goes_into_its_section_of_a_page(stack, tmp_path):
     first, second = page.read_text().split("between")
     assert first == "<!-- a -->\n<!-- end of a -->\n" and "old" not in second
     assert "| student 4 steps |" in second and "student: a.safetensors; date: 2026-01-01" in second
+
+
+def test_a_page_without_a_place_for_the_tables_is_refused(tmp_path):
+    """Without the second line all that stands below would go."""
+    page = tmp_path / "page.md"
+    for text in ("", "<!-- a -->\nbelow", "<!-- end of a -->\n<!-- a -->"):
+        page.write_text(text)
+        with pytest.raises(RunFolderError, match="the lines <!-- a --> and <!-- end of a -->, found not both"):
+            require_page(page, ["a"])
+    page.write_text("<!-- a -->\n<!-- end of a -->")
+    require_page(page, ["a"])
