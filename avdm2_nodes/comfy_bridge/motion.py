@@ -148,7 +148,8 @@ class Motion(nn.Module):
                 block, number, rest = found.groups()
                 places.setdefault((block, int(number)), {})[rest] = tensor
         # Layers that cast what they hold to what they are given: a MODEL may compute in another dtype than it is loaded in.
-        ops, like = comfy.ops.manual_cast, {"dtype": dtype, "device": device}
+        # What they hold are the file's tensors themselves where these are of its dtype: they are kept anyway, and large.
+        ops, like = comfy.ops.manual_cast, {"dtype": dtype, "device": "meta"}
         self.places = list(places)
         self.modules_at = nn.ModuleList()
         for (block, _), tensors in places.items():
@@ -157,7 +158,7 @@ class Motion(nn.Module):
             module = TemporalTransformer(
                 width, weights.heads_of(block), weights.groups, weights.frames, blocks, attentions, ops, **like
             )
-            module.load_state_dict(tensors)
+            module.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
             self.modules_at.append(module)
         self._placed: dict[tuple, tuple[list, nn.Module]] = {}
         self.eval().requires_grad_(False)

@@ -72,14 +72,40 @@ def image_model(unet: UNet2DConditionModel, latent_format, disable_dynamic: bool
     device, offload = management.get_torch_device(), management.unet_offload_device()
     dtype = management.unet_dtype(device, parameters, [torch.float16, torch.bfloat16, torch.float32])
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device))
-    model = comfy.model_base.BaseModel(config, device=offload)
-    for module in model.diffusion_model.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.num_groups = config.norm_groups
+    model = _network(config, offload)
     ours, names = unet.state_dict(), comfy.utils.unet_to_diffusers(config.unet_config)
     model.load_model_weights({theirs: ours[name].to(dtype) for name, theirs in names.items() if name in ours})
     model.eval().requires_grad_(False)  # 0.8 leaves gradients on
     return core_patcher(disable_dynamic)(model, load_device=device, offload_device=offload)
+
+
+def apart(model):
+    """A MODEL's weights and patches in a network of its own, so that core can hold both at once, each with other patches.
+
+    Nothing is copied: the tensors are the MODEL's, without its patches, until core moves or patches one of the two; it does so with
+    tensors of its own, but for hooks on prompts, which write into a network's tensors while they act.
+    """
+    held = model.get_key_patches("diffusion_model.")
+    made = _network(model.model.model_config, torch.device("meta"))
+    weights = {key.removeprefix("diffusion_model."): entry[0][0].detach() for key, entry in held.items()}
+    made.diffusion_model.load_state_dict(
+        {name: weight.to(model.offload_device) for name, weight in weights.items()}, assign=True
+    )
+    made.device = model.offload_device
+    made.eval().requires_grad_(False)
+    patcher = core_patcher()(made, load_device=model.load_device, offload_device=model.offload_device)
+    patcher.patches = {key: list(changes) for key, changes in model.patches.items()}
+    patcher.patches_uuid = model.patches_uuid
+    return patcher
+
+
+def _network(config, device: torch.device) -> comfy.model_base.BaseModel:
+    model = comfy.model_base.BaseModel(config, device=device)
+    if isinstance(config, StackConfig):
+        for module in model.diffusion_model.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = config.norm_groups
+    return model
 
 
 def _require_sd15_kind(said, folder: Path) -> None:
@@ -190,8 +216,8 @@ def base_weights(model) -> dict[str, torch.Tensor]:
     }
 
 
-def image_unet_of(model, name: str = "the MODEL") -> UNet2DConditionModel:
-    """A native MODEL's UNet with the user's LoRAs in it, as diffusers has it: float32, on the CPU, frozen.
+def unet_shell(model, name: str = "the MODEL") -> UNet2DConditionModel:
+    """A native MODEL's UNet as diffusers has it, on the meta device, without its weights.
 
     NativeModelError for anything that is not an SD1.5 image model predicting noise, or one with more inputs than a latent.
     """
@@ -202,8 +228,13 @@ def image_unet_of(model, name: str = "the MODEL") -> UNet2DConditionModel:
             f"Expected an SD1.5 model of 4 input channels in {name}, found {said.get('in_channels')}; an inpainting or pix2pix model "
             "cannot take its place."
         )
-    with torch.device("meta"):  # its weights come from the MODEL
-        unet = UNet2DConditionModel(**diffusers_config(model.model.model_config))
+    with torch.device("meta"):
+        return UNet2DConditionModel(**diffusers_config(model.model.model_config))
+
+
+def image_unet_of(model, name: str = "the MODEL") -> UNet2DConditionModel:
+    """A native MODEL's UNet with the user's LoRAs in it, as diffusers has it: float32, on the CPU, frozen. Errors as `unet_shell`."""
+    unet, said = unet_shell(model, name), model.model.model_config.unet_config
     patches = model.get_key_patches("diffusion_model.")
     weights = {}
     for ours, theirs in comfy.utils.unet_to_diffusers(said).items():

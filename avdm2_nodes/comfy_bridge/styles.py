@@ -1,6 +1,5 @@
 """Styles on a student: an image model that guides its sampling, or one in its weights, as patches on a clone of its MODEL."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,13 +8,12 @@ import comfy.model_management as management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from diffusers import UNet2DConditionModel
 from einops import rearrange
 from torch import Tensor
 
 from ..diffusion.guidance import pull_generators, pulled
 from ..diffusion.samplers import draw_noise
-from ..diffusion.style import require_same_family, style_change
+from ..diffusion.style import StyleChange, require_same_family
 from ..diffusion.unets import Predictor
 from ..files.hashes import weights_hash
 from ..files.stack import load_image_unet
@@ -23,7 +21,7 @@ from ..files.student_info import StyleUse
 from ..files.style import lora_change, read_style, require_student
 from . import folders, native
 from .facts import Change, ModelError, require_finite, student_facts
-from .models import checkpoint_unet, with_weights
+from .models import checkpoint_unet, load_checkpoint, with_weights
 from .motion import KEY, attention_options, computed_in
 
 GUIDANCE, TRANSPLANT = "guidance", "transplant"
@@ -44,23 +42,12 @@ def with_style(
     rooms below, sentences all.
     """
     require_finite(strength=strength)
-    facts = student_facts(model)
+    student_facts(model)  # an error for what is no student, before anything is read
     if style_model is None and (path := folders.style_files().get(style)):
         return with_style_file(model, path, strength)
-    name, load = (
-        ("the MODEL", partial(native.image_unet_of, style_model)) if style_model is not None else (style, _loader(style))
-    )
-    unet = load()
-    base = native.image_unet_of(facts.image_model)
-    require_same_family(unet, base)
-    if strength == 0:
-        return model
     if mode == TRANSPLANT:
-        change = style_change(base, unet)
-        use = StyleUse(name=name, hash=weights_hash(unet), mode="transplant", strength=strength)
-        half = {key: t.half() for key, t in change.items() if t.any()}  # as student files have theirs, and half the memory
-        return _changed(model, Change(use, lambda: half), half, None, strength)
-    return _guided(model, name, unet, base, strength, pulls, prompt)
+        return _transplanted(model, style, strength, style_model)
+    return _guided(model, style, strength, style_model, prompt, pulls)
 
 
 def with_style_file(model: ModelPatcher, path: Path, strength: float) -> ModelPatcher:
@@ -80,22 +67,33 @@ def _changed(model, change: Change, tensors, lora_alpha: float | None, strength:
     return made
 
 
-def _loader(style: str) -> Callable[[], UNet2DConditionModel]:
-    """Loads the image model that a person picked by name."""
-    folder = folders.style_folders().get(style)
-    return (
-        partial(load_image_unet, folder) if folder else partial(checkpoint_unet, folders.model_file(folders.CHECKPOINTS, style))
-    )
+def _transplanted(model, style: str, strength: float, style_model: ModelPatcher | None) -> ModelPatcher:
+    """The student on `style` in place of its base, by what the two have otherwise."""
+    if style_model is not None:
+        name, unet = "the MODEL", native.image_unet_of(style_model)
+    elif folder := folders.style_folders().get(style):
+        name, unet = style, load_image_unet(folder)
+    else:
+        name, unet = style, checkpoint_unet(folders.model_file(folders.CHECKPOINTS, style))
+    base = native.image_unet_of(student_facts(model).image_model)
+    require_same_family(unet, base)
+    if strength == 0:
+        return model
+    use = StyleUse(name=name, hash=weights_hash(unet), mode="transplant", strength=strength)
+    # As student files have theirs, and half the memory.
+    half = {key: change.half() for key, change in StyleChange(base, unet).items() if change.any()}
+    return _changed(model, Change(use, lambda: half), half, None, strength)
 
 
 # ---- guidance ----
 
+SOURCE = f"{KEY}_source"  # the student's own image model, against which styles pull
 FRAMES_AT_ONCE = 32  # that an image model sees together
 
 
 @dataclass(frozen=True)
 class Guide:
-    """A style that pulls a student's frames after each step; its networks are additional models of the MODEL."""
+    """A style that pulls a student's frames after each step; its network and `SOURCE` are additional models of the MODEL."""
 
     number: int  # of the guides that the MODEL has: each has its own noise
     strength: float
@@ -110,7 +108,13 @@ class Guide:
         """Core's wrapper around what a step predicts, x0 (F, C, h, w), after guidance by the prompts."""
         options = model_options or {}
         x0, guider = executor(x, timestep, options, seed), executor.class_obj
-        style, source = (native_predictor(p.model) for p in guider.model_patcher.get_additional_models_with_key(self.key))
+        model = guider.model_patcher
+        model.model.current_patcher.apply_hooks(hooks=None)  # those of the prompts, which the source would see too
+        style, source = (
+            native_predictor(patcher.model)
+            for key in (self.key, SOURCE)
+            for patcher in model.get_additional_models_with_key(key)
+        )
         text = guider.conds["positive"][0]["cross_attn"].to(x0.device)
         own = None if self.text is None else [self.text.to(x0.device)] * 2
         (generator,) = pull_generators([seed or 0], self.number)
@@ -141,19 +145,36 @@ def native_predictor(base) -> Predictor:
     return eps
 
 
-def _guided(model, name: str, style, base, strength: float, pulls: int, prompt: list | None) -> ModelPatcher:
+def _guided(
+    model, style: str, strength: float, style_model: ModelPatcher | None, prompt: list | None, pulls: int
+) -> ModelPatcher:
     """The student pulled towards what `style` sees in a frame otherwise than the student's own image model."""
-    facts, made = student_facts(model), model.clone()
+    facts = student_facts(model)
+    if style_model is not None:
+        name, shell = "the MODEL", native.unet_shell(style_model)
+        guiding = native.apart(style_model)
+    elif folder := folders.style_folders().get(style):
+        name, shell = style, load_image_unet(folder)
+        guiding = native.image_model(shell, model.model.latent_format)
+    else:
+        name, path = style, folders.model_file(folders.CHECKPOINTS, style)
+        guiding = load_checkpoint(path, clip=False, vae=False)[0]
+        shell = native.unet_shell(guiding, str(path))
+    require_same_family(shell, native.unet_shell(facts.image_model))
+    if strength == 0:
+        return model
     if prompt is not None and len(prompt) != 1:
         raise ModelError(f"Expected one prompt for the style, found {len(prompt)}; wire one CLIP Text Encode.")
-    if prompt is not None and prompt[0][0].shape[-1] != style.config.cross_attention_dim:
+    if prompt is not None and prompt[0][0].shape[-1] != shell.config.cross_attention_dim:
         raise ModelError(
-            f"Expected text embeddings of width {style.config.cross_attention_dim} for the style, found {prompt[0][0].shape[-1]}; "
+            f"Expected text embeddings of width {shell.config.cross_attention_dim} for the style, found {prompt[0][0].shape[-1]}; "
             "encode the prompt by the style model's own CLIP."
         )
+    made = model.clone()
     guide = Guide(len(facts.guides), strength, pulls, None if prompt is None else prompt[0][0].float())
-    latent_format = model.model.latent_format
-    made.set_additional_models(guide.key, [native.image_model(unet, latent_format) for unet in (style, base)])
+    made.set_additional_models(guide.key, [guiding])
+    if not made.get_additional_models_with_key(SOURCE):  # one for all guides
+        made.set_additional_models(SOURCE, [native.apart(facts.image_model)])
     made.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, guide.key, guide)
     made.set_attachments(KEY, replace(facts, guides=(*facts.guides, name)))
     return made

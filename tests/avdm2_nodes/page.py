@@ -18,6 +18,7 @@ SETTINGS = {  # nothing that lies over a graph
     "Comfy.Graph.CanvasInfo": False,
 }
 SIZE = {"width": 1700, "height": 1100}
+WAIT = 120_000  # ms for what the page does by itself, on a busy machine
 TITLE = 30  # the height of a node's title, which lies above its position
 
 
@@ -33,7 +34,7 @@ class Page:
         self._browser = self._playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         self.tab = self._browser.new_page(viewport=SIZE)
         self.tab.goto(f"http://127.0.0.1:{self.server.port}")
-        self.tab.wait_for_function("window.app?.extensionManager && window.app.graph", timeout=120_000)
+        self.tab.wait_for_function("window.app?.extensionManager && window.app.graph", timeout=WAIT)
         self.tab.wait_for_timeout(2000)
         return self
 
@@ -75,6 +76,15 @@ class Page:
                 self.tab.wait_for_timeout(2500)  # the page hears of it, loads the video, and takes its messages away
                 return history[new.pop()]
         raise AssertionError(f"the prompt did not end in {RUN} s:\n{self.server.log()[-4000:]}")
+
+    def wait_for(self, function: str):
+        """What a function of the page gives once that is something; playwright's TimeoutError where it never is."""
+        return self.tab.wait_for_function(function, timeout=WAIT).json_value()
+
+    def wait_for_video(self, name: str) -> None:
+        """Returns when the page can play the video of this file name; playwright's TimeoutError where it never does."""
+        plays = "name => [...document.querySelectorAll('video')].some(v => v.currentSrc.includes(name) && v.readyState >= 2)"
+        self.tab.wait_for_function(plays, arg=name, timeout=WAIT)
 
     # ---- pictures ----
 

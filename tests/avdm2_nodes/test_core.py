@@ -540,6 +540,9 @@ def test_a_lora_by_hooks_is_one_by_the_loader(comfyui, sample, student, prompt, 
     expected = sample(student=with_lora(comfyui, student, lora))
     assert difference(sample(positive=hooked), expected) < CLIP
     assert difference(expected, sample()) > 0.01
+    (guided,) = comfyui.run("AVDM2StyleTransfer", student=student, style="other of tiny", strength=2.0)
+    expected = sample(student=with_lora(comfyui, guided, lora))  # which does not change what the style pulls against
+    assert difference(sample(student=guided, positive=hooked), expected) < CLIP
 
 
 # ---- patches ----

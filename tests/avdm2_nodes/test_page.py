@@ -95,10 +95,10 @@ def test_a_warning_is_read_on_the_node(page, tmp_path):
 
     page.load(edited(tmp_path, burn))
     assert page.run()["status"]["status_str"] == "success"
-    box = page.tab.evaluate("""() => {
+    box = page.wait_for("""() => {
       const node = app.graph.nodes.find(node => node.type === "KSampler")
       const box = node.widgets.find(widget => widget.name === "$$node-text-preview")
-      return [box?.value, box?.computedHeight ?? box?.height]
+      return box?.value && [box.value, box.computedHeight ?? box.height]
     }""")
     assert "cfg 5 burns colours" in box[0] and box[1] >= 16 + 17 * (len(box[0]) // 40)
 
@@ -154,6 +154,7 @@ def test_run_makes_a_clip_that_the_page_shows(page, path, tmp_path):
     page.load(trained_shortly(path, tmp_path))
     ended = page.run()
     assert ended["status"]["status_str"] == "success", ended["status"]["messages"]
-    assert page.tab.locator("video").count(), "the page plays what was saved"
+    ((saved,),) = [output["images"] for output in ended["outputs"].values() if "images" in output]
+    page.wait_for_video(saved["filename"])
     shutil.rmtree(page.server.base / "output")
     (page.server.base / "output").mkdir()

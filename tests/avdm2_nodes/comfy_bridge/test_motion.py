@@ -71,6 +71,14 @@ def weights_of(room, motion, **changes):
 # ---- one module ----
 
 
+def test_weights_are_held_once_unless_they_are_computed_in_another_dtype(room, node_stack):
+    weights = weights_of(room, node_stack.motion)
+    file = {tensor.data_ptr() for tensor in weights.tensors.values()}
+    for dtype, shared in ((torch.float32, True), (torch.bfloat16, False)):
+        tensors = room.motion_patcher(weights, dtype).model.state_dict().values()
+        assert [(tensor.dtype, tensor.data_ptr() in file) for tensor in tensors] == [(dtype, shared)] * len(weights.tensors)
+
+
 @pytest.mark.parametrize("heads, blocks, groups", [(1, 1, 8), (2, 1, 32), (8, 2, 4), (4, 3, 16)])
 @torch.no_grad()
 def test_a_module_is_diffusers_own(room, heads, blocks, groups):

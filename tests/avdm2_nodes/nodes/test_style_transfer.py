@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -87,6 +89,27 @@ def test_a_strength_that_is_no_number_is_refused(comfyui, student, styled, write
 
 
 # ---- guidance ----
+
+
+def held() -> int:
+    """Bytes of all tensors that are alive, storages that several share counted once."""
+    gc.collect()
+    storages = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("holds", ["motion", "motion+lora", "all"])
+def test_guidance_holds_the_style_s_weights_and_no_others(sample, load_student, styled, loaded, image_unets, holds):
+    """Those that it pulls against are the base's own, in every guide; a MODEL that is wired keeps its own too."""
+    student = load_student(holds)
+    before = len(sample(student)) and held()
+    guided = styled((OTHER, 0.5), student=student)
+    clip, size = sample(guided), sum(parameter.nbytes for parameter in image_unets[1][OTHER].parameters())
+    assert size <= held() - before < 1.02 * size
+    one = held()
+    twice = styled((SAME, 0.5), student=guided, model=loaded.teacher)
+    assert sample(twice).isfinite().all() and clip.isfinite().all()
+    assert held() - one < 0.02 * size
 
 
 def test_guiding_styles_add_up(comfyui, loaded, sample, styled, reference, node_stack):
