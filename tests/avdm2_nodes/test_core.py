@@ -540,9 +540,15 @@ def test_a_lora_by_hooks_is_one_by_the_loader(comfyui, sample, student, prompt, 
     expected = sample(student=with_lora(comfyui, student, lora))
     assert difference(sample(positive=hooked), expected) < CLIP
     assert difference(expected, sample()) > 0.01
-    (guided,) = comfyui.run("AVDM2StyleTransfer", student=student, style="other of tiny", strength=2.0)
-    expected = sample(student=with_lora(comfyui, guided, lora))  # which does not change what the style pulls against
-    assert difference(sample(student=guided, positive=hooked), expected) < CLIP
+
+
+@pytest.mark.parametrize("holds", ["all", "motion"])
+def test_a_lora_by_hooks_does_not_change_what_a_style_pulls_against(comfyui, sample, load_student, prompt, lora, holds):
+    comfyui.extras("nodes_hooks")
+    (hooks,) = comfyui.run("CreateHookLora", lora_name=lora[0], strength_model=0.8, strength_clip=0.0)
+    (hooked,) = comfyui.run("ConditioningSetProperties", cond_NEW=prompt, strength=1.0, set_cond_area="default", hooks=hooks)
+    (guided,) = comfyui.run("AVDM2StyleTransfer", student=load_student(holds), style="other of tiny", strength=2.0)
+    assert difference(sample(student=guided, positive=hooked), sample(student=with_lora(comfyui, guided, lora))) < GUIDED
 
 
 # ---- patches ----
