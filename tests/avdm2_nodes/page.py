@@ -83,7 +83,8 @@ class Page:
 
     def wait_for_video(self, name: str) -> None:
         """Returns when the page can play the video of this file name; playwright's TimeoutError where it never does."""
-        plays = "name => [...document.querySelectorAll('video')].some(v => v.currentSrc.includes(name) && v.readyState >= 2)"
+        plays = """name => [...document.querySelectorAll("video")].some(video => video.currentSrc && video.readyState >= 2
+          && new URL(video.currentSrc).searchParams.get("filename") === name)"""
         self.tab.wait_for_function(plays, arg=name, timeout=WAIT)
 
     # ---- pictures ----
