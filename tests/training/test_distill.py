@@ -129,6 +129,7 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     assert list(rows) == names and [rows[name].get("evaluations") for name in names] == [None, 4, 2, 2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="asks Linux which file is written")
 def test_a_report_that_finds_no_room_is_told_and_made_when_there_is(command, settings, work, finished, full_disk):
     config, folder, names = settings("no_room"), work / "no_room", ["clips.png", "clips.webp", "report.json", "report.md"]

@@ -23,7 +23,7 @@ from training.cost.operations import Inputs, meta_inputs, meta_roles
 from training.data import DataError
 from training.evaluation import run_report
 from training.evaluation.rows import student_method
-from training.method.discriminator import DiscriminatorHeads
+from training.method.discriminator import heads_for
 from training.method.export import export
 from training.method.roles import begin_with, build_roles
 from training.method.setup import new_roles
@@ -177,7 +177,7 @@ def test_the_memory_of_a_style_is_planned(stack, student, stack_folder, settings
     real = new_roles(config, stack, style, student, half)
     widths = unet["block_out_channels"]
     given = Inputs(torch.randn(inputs.x.shape), torch.randn(inputs.text.shape))
-    found = plan_of(config, real, DiscriminatorHeads([*widths[-3:-1], widths[-1]]), given)
+    found = plan_of(config, real, heads_for([*widths[-3:-1], widths[-1]], config), given)
     assert planned.standing == found.standing
     for name, size in planned.turns.items():
         assert found.turns[name] == pytest.approx(size, rel=0.1), name

@@ -5,7 +5,7 @@ import torch
 
 from training.cost.memory_plan import PeakBytes, fitted, memory_plan, plan_of
 from training.cost.operations import Inputs, meta_inputs, meta_roles
-from training.method.discriminator import DiscriminatorHeads
+from training.method.discriminator import heads_for
 from training.method.learner import new_optimiser
 from training.method.setup import new_roles
 
@@ -33,7 +33,7 @@ def test_the_plan_is_what_is_allocated(stack, make_config, train, share_base, ha
     planned = plan_of(config, roles, heads, meta_inputs(config, unet, TOKENS))
 
     real = new_roles(config, stack, None, half=half)
-    real_heads = DiscriminatorHeads([*unet["block_out_channels"][-3:-1], unet["block_out_channels"][-1]])
+    real_heads = heads_for([*unet["block_out_channels"][-3:-1], unet["block_out_channels"][-1]], config)
     inputs = Inputs(torch.randn(1, 4, 4, 8, 8), torch.randn(1, TOKENS, unet["cross_attention_dim"]))
     found = plan_of(config, real, real_heads, inputs)
     assert planned.standing == found.standing

@@ -199,14 +199,15 @@ def test_copies_and_a_shared_base_give_the_same_numbers(
 
 def as_made(clips, text):
     """Any clips as if the student had made them in its last step."""
-    return Made(range(len(clips)), text, clips, clips, torch.full((len(clips),), 249), torch.zeros(len(clips)).long(), clips)
+    ends = torch.zeros(len(clips)).long()  # the chain's last step: judged at all noise
+    return Made(range(len(clips)), text, clips, clips, torch.full((len(clips),), 249), ends, ends, clips)
 
 
 def student_gradient(run, clips):
     """The gradient of the whole student loss, as `update` computes it."""
     real, text = clips.batch([0, 1])
     made, clips = run.make_clips(real, text, range(2))
-    (run.sdm(made, clips) + run.adm(made, clips)).backward()
+    (run.sdm.student_loss(made, clips) + run.adm.student_loss(made, clips)).backward()
     return {name: p.grad.clone() for name, p in run.roles.student_weights.items()}
 
 
@@ -253,10 +254,10 @@ def test_the_gradient_through_the_encoder_is_that_of_finite_differences(stack, m
     run = make_distillation(stack, make_config())
     x, text = random_clips.batch([0, 1])
     clips, made = x.clone().requires_grad_(True), as_made(x, text)
-    (gradient,) = torch.autograd.grad(run.adm(made, clips), clips)
+    (gradient,) = torch.autograd.grad(run.adm.student_loss(made, clips), clips)
     direction = gradient / gradient.norm()
     with torch.no_grad():
-        rise = run.adm(made, x + 0.1 * direction) - run.adm(made, x - 0.1 * direction)
+        rise = run.adm.student_loss(made, x + 0.1 * direction) - run.adm.student_loss(made, x - 0.1 * direction)
     assert (rise / 0.2).item() == pytest.approx(gradient.norm().item(), rel=0.05)
 
 
