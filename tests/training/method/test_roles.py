@@ -224,7 +224,7 @@ def test_gradient_checkpointing_changes_no_gradient(stack, make_config, make_dis
             layers[0].register_forward_hook(lambda *_, kind=kind, count=count: count.append(kind))
         gradients.append(student_gradient(run, random_clips))
         calls.append(count)
-        fake = run.fake_loss(as_made(random_clips.clips[:2], random_clips.texts[:2]), 0)
+        fake = run.sdm.fake_loss(as_made(random_clips.clips[:2], random_clips.texts[:2]), 0)
         fake.backward()
         gradients[-1] |= {f"fake {name}": p.grad.clone() for name, p in run.roles.fake_weights.items()}
     plain, checkpointed = gradients
