@@ -113,11 +113,7 @@ def narrow_distillation(config: DistillConfig, stack: Stack | None = None) -> Di
         gradient_checkpointing=model.gradient_checkpointing,
         half=config.run.precision != "float32",
     )
-    widths = NARROW["block_out_channels"]
-    heads, empty = (
-        heads_for([*widths[-3:-1], widths[-1]], config),
-        torch.zeros(1, TOKENS, TEXT_WIDTH),
-    )
+    heads, empty = heads_for([*NARROW["block_out_channels"][-3:]], config), torch.zeros(1, TOKENS, TEXT_WIDTH)
     run = Distillation(config, roles, heads, empty, torch.device("cpu"))
     for learner in (run.student, run.fake, run.critic):
         learner.optimiser.param_groups[0]["foreach"] = True

@@ -75,8 +75,7 @@ def meta_roles(
             half=half,
             score_unet=style if model.train == "style" else None,
         )
-        widths = stack.image_unet.config.block_out_channels
-        return roles, heads_for([*widths[-3:-1], widths[-1]], config)
+        return roles, heads_for([*stack.image_unet.config.block_out_channels[-3:]], config)
 
 
 @dataclass(frozen=True)

@@ -115,9 +115,8 @@ class LatentClips:
         Where nobody looks at the clips, `clips` is false: there are zeros in their place, and no video is decoded or encoded.
         """
         if not clips:
-            return torch.zeros(len(indices), *self.shape, device=self.encoder.device), self.text(
-                [self.captions[i] for i in indices]
-            )
+            text = self.text([self.captions[i] for i in indices])
+            return torch.zeros(len(indices), *self.shape, device=self.encoder.device), text
         clips, texts = zip(*(self.source.read(i) for i in indices), strict=True)
         return torch.stack(clips).to(self.encoder.device), torch.stack(texts).to(self.encoder.device)
 

@@ -118,6 +118,10 @@ def plot_table(
     axes[0, 0].invert_yaxis()
     for axis in axes.flat[len(metrics) :]:
         axis.set_visible(False)
+    _save_plot(figure, path)
+
+
+def _save_plot(figure, path: str | Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format=Path(path).suffix[1:]))
 
 
@@ -161,7 +165,7 @@ def plot_gain(
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format=Path(path).suffix[1:]))
+    _save_plot(figure, path)
 
 
 def _check(rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str]) -> None:
